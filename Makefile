@@ -1,0 +1,51 @@
+# make demo   environment, synthetic data, training, evaluation, pictures: everything once, in minutes, on two CPU cores
+# make test   the test suite
+# Each target makes .venv first when it is missing or when what it was made from has changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+# the first of these that is a working Python 3.11 or newer; another one: make PYTHON=/path/to/python3 …
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.13; do \
+    "$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+    && { command -v "$$p"; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := output/demo
+
+.PHONY: demo test lint clean install gpu-check
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.lock pyproject.toml setup.py
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 to 3.13 with venv and ensurepip found: install one (Debian: apt-get install python3-venv), or say make PYTHON=…" >&2; exit 1; }
+	echo "environment: $(PYTHON) -> $(VENV) (about 6 GB, mostly PyTorch and its CUDA libraries)"
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Goes on where an interrupted demo stopped; `make clean` starts afresh.
+demo: install
+	@[ -e $(DEMO)/data ] || $(BIN)/ssd-fast synthesize $(DEMO)/data --images 1500 --seed 1
+	$(BIN)/ssd-fast train --config configs/demo.toml --data $(DEMO)/data --output $(DEMO)/run --resume
+	$(BIN)/ssd-fast evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt --data $(DEMO)/data --output $(DEMO)/run/evaluation --per-class
+	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/pictures $(DEMO)/data/val2017/*[05].jpg
+	echo "look at $(DEMO)/run: curves.png, detections.png, precision_recall.png and pictures/"
+
+test: install
+	@$(BIN)/python -m pytest
+
+lint: install
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Needs an NVIDIA GPU: builds, checks and measures everything that needs one, and prints a table.
+gpu-check: install
+	@$(BIN)/python tests/gpu_check.py
+
+clean:
+	rm -rf $(VENV) build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

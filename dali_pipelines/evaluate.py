@@ -1,0 +1,93 @@
+"""Pictures to detect on, in the order of their list."""
+
+from collections.abc import Iterator
+
+import nvidia.dali.fn as fn
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, types
+
+from dali_pipelines.batch import EvalBatch, LabelledImages
+from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
+
+
+class EvalLoader:
+    """Iterates over this rank's share of the pictures, as often as wanted, each picture once per pass.
+
+    images: the pictures of all ranks, of which rank r takes the r-th of world_size contiguous parts (one may be empty).
+        Ground truths are not used.
+    image_size: width and height of the network's input, pixels.
+    batch_size: of this rank; the last batch of a pass may be smaller.
+    prefetch_batches: batches prepared ahead, at least 1.
+    apply_orientation: whether a picture is turned as its EXIF entry says, as viewers show it, and EvalBatch.sizes_hw with
+        it. Off for a data set, whose boxes lie in the frame of the stored pixels.
+    Iterating raises PictureError for a file that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        *,
+        images: LabelledImages,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        num_threads: int,
+        prefetch_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
+        apply_orientation: bool = False,
+    ) -> None:
+        self._image_size = image_size
+        self._batch_size = batch_size
+        self._device = device
+        self._num_threads = num_threads
+        self._prefetch_batches = prefetch_batches
+        self._apply_orientation = apply_orientation
+        shard = np.array_split(np.arange(len(images.file_names)), world_size)[rank]
+        self._paths = [str(images.image_dir / images.file_names[index]) for index in shard]
+        self._image_ids = torch.from_numpy(images.image_ids[shard])
+        self._sizes_hw = torch.from_numpy(images.sizes_hw[shard])
+        self._idle: Pipeline | None = None
+
+    def __len__(self) -> int:
+        """Number of batches of a pass."""
+        return -(-len(self._paths) // self._batch_size)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        if not self._paths:
+            return
+        # A pass gives its pipeline back only at its very end, where the reader stands at the first picture again.
+        pipeline, self._idle = self._idle or self._build(), None
+        for start in range(0, len(self._paths), self._batch_size):
+            paths = self._paths[start : start + self._batch_size]
+            pixels, indices, shapes_hwc = (output[: len(paths)] for output in run(pipeline, self._device, paths))
+            indices = indices[:, 0].long()
+            yield EvalBatch(
+                images=pixels.permute(0, 3, 1, 2),
+                image_ids=self._image_ids[indices],
+                sizes_hw=shapes_hwc[:, :2] if self._apply_orientation else self._sizes_hw[indices],
+            )
+        self._idle = pipeline
+
+    def close(self) -> None:
+        """Ends the background threads and frees the buffers; the next pass makes new ones."""
+        self._idle = None
+
+    def _build(self) -> Pipeline:
+        pipeline = make_pipeline(
+            self._device,
+            batch_size=self._batch_size,
+            num_threads=self._num_threads,
+            prefetch_batches=self._prefetch_batches,
+        )
+        with pipeline:
+            encoded, indices = fn.readers.file(files=self._paths, pad_last_batch=True)
+            shapes_hwc = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=self._apply_orientation)
+            pixels = fn.decoders.image(
+                encoded,
+                device=decoder_placement(self._device),
+                output_type=types.RGB,
+                adjust_orientation=self._apply_orientation,
+            )
+            pipeline.set_outputs(normalised(resized(pixels, self._image_size), self._device), indices, shapes_hwc)
+        return pipeline

@@ -1,0 +1,106 @@
+"""What the training and the evaluation pipeline share: placement, the last operators, and the way to torch.
+
+Only this package imports nvidia.dali. One definition serves both placements: on the CPU everything runs on the host and
+images are float32; on a GPU the decoder is "mixed" (host and GPU), what follows runs on the GPU, and images are float16.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import nvidia.dali.fn as fn
+import torch
+from nvidia.dali import Pipeline, types
+from torch import Tensor
+
+# ImageNet's statistics on the scale of 8-bit pixels, RGB.
+_MEAN = [255 * value for value in (0.485, 0.456, 0.406)]
+_STD = [255 * value for value in (0.229, 0.224, 0.225)]
+
+
+class PictureError(ValueError):
+    """A picture that could not be read or decoded; the message names its file."""
+
+
+def make_pipeline(
+    device: torch.device,
+    *,
+    batch_size: int,
+    num_threads: int,
+    prefetch_batches: int,
+    seed: int = 0,
+    checkpointing: bool = False,
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    """An empty pipeline on the device, to be filled inside `with pipeline:`.
+
+    The dynamic executor allocates every batch anew and keeps its memory for as long as somebody holds it; with any other
+    a batch would be overwritten a few batches later and `run` would have to copy.
+    """
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=_device_index(device) if device.type == "cuda" else None,
+        seed=seed,
+        prefetch_queue_depth=prefetch_batches,
+        exec_dynamic=True,
+        enable_checkpointing=checkpointing,
+        checkpoint=checkpoint,
+    )
+
+
+def decoder_placement(device: torch.device) -> str:
+    """DALI's name of the decoders' device."""
+    return "mixed" if device.type == "cuda" else "cpu"
+
+
+def resized(images: Any, image_size: int) -> Any:
+    """Pictures of image_size x image_size, uint8 HWC: triangular filter where it shrinks, the aspect ratio is not kept."""
+    return fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
+
+
+def normalised(images: Any, device: torch.device, *, mirror: Any = 0) -> Any:
+    """Pictures in ImageNet's normalisation, HWC, mirrored where mirror is 1; float32 on the CPU, float16 on a GPU."""
+    dtype = types.FLOAT16 if device.type == "cuda" else types.FLOAT
+    return fn.crop_mirror_normalize(images, mirror=mirror, mean=_MEAN, std=_STD, dtype=dtype, output_layout="HWC")
+
+
+def run(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple[Tensor, ...]:
+    """The outputs of the next batch, each a tensor over DALI's own memory: no copy, no waiting for the GPU.
+
+    On a GPU they are ordered on torch's current stream: what is queued there next sees them complete.
+    paths: the files that may be in the batch.
+    Raises PictureError when one of them cannot be read or decoded; the pipeline is of no use afterwards.
+    """
+    try:
+        outputs = pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+    except RuntimeError as error:
+        message = str(error)
+        if "fn.readers." not in message and "fn.decoders." not in message:
+            raise
+        raise PictureError(_explain(message, paths)) from None
+    return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+
+
+def _device_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _explain(message: str, paths: Sequence[str]) -> str:
+    reason = message.partition("encountered:")[2].strip().partition("\n")[0]
+    if any(path in reason for path in paths):
+        return reason
+    return f"{_first_without_header(paths)}: not a picture that can be decoded ({reason})"
+
+
+def _first_without_header(paths: Sequence[str]) -> str:
+    """The first file whose header is not a picture's: such a failure is one that DALI reports without a name."""
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
+    with pipeline:
+        encoded, _ = fn.readers.file(files=list(paths))
+        pipeline.set_outputs(fn.peek_image_shape(encoded))
+    for path in paths:
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return path
+    return f"one of {len(paths)} files, {paths[0]} the first"

@@ -1,0 +1,268 @@
+"""Training pictures with their encoded targets: shuffled, sharded, augmented as in SSD, and resumable to the bit."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, math, types
+
+from dali_pipelines.batch import LabelledImages, TrainBatch
+from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
+
+# With "no crop" among seven options, one picture in 10^66 needs more. Without it, a picture's boxes may allow no crop at all.
+_MAX_CROPS_TRIED = 1000
+
+
+class Augmentation(NamedTuple):
+    """Random changes of training pictures.
+
+    crop_min_ious: options of the crop: every box of the picture overlaps it by at least this IoU; 0 is no condition.
+    crop_allow_none: whether "no crop" is one more option, as likely to be drawn as each of crop_min_ious.
+    crop_sides: range of the crop's width and height, fractions of the picture's.
+    crop_aspect: range of the crop's width / height, both as fractions.
+    crop_attempts: crops tried for an option before one is drawn again.
+    brightness, contrast, saturation: ranges of the factors.
+    hue_degrees: largest rotation of the hue, either way.
+    flip_probability: chance of a horizontal flip.
+    """
+
+    crop_min_ious: tuple[float, ...]
+    crop_allow_none: bool
+    crop_sides: tuple[float, float]
+    crop_aspect: tuple[float, float]
+    crop_attempts: int
+    brightness: tuple[float, float]
+    contrast: tuple[float, float]
+    saturation: tuple[float, float]
+    hue_degrees: float
+    flip_probability: float
+
+
+class TrainLoader:
+    """This rank's batches, epoch after epoch; images without a box are left out.
+
+    Every epoch is a new permutation of the whole set, drawn from the seed and the same on all ranks; the ranks' shards of
+    it are disjoint and together complete. Augmentation is drawn on each rank by itself. Every rank gives the same number
+    of full batches: where a shard ends within a batch, its last picture is repeated (in other crops and colours).
+
+    anchors_ltrb: [A, 4] float32, fractions of the image.
+    image_size: width and height of the network's input, pixels.
+    batch_size: of this rank.
+    prefetch_batches: batches prepared ahead, at least 1.
+    state: from `state()` of a loader with equal arguments; this one goes on with the batch that would have come next.
+    Raises ValueError when the set cannot be trained on, or when the state is of another set, seed, batch size or rank.
+    """
+
+    steps_per_epoch: int
+    last_image_ids: np.ndarray
+    """[B] int64, the ids of the batch that was given last; empty before the first."""
+
+    def __init__(
+        self,
+        *,
+        images: LabelledImages,
+        anchors_ltrb: np.ndarray,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        num_threads: int,
+        prefetch_batches: int,
+        seed: int,
+        augmentation: Augmentation,
+        rank: int = 0,
+        world_size: int = 1,
+        state: bytes | None = None,
+    ) -> None:
+        images = _with_boxes(images)
+        _check(images, world_size, augmentation)
+        self._paths = [str(images.image_dir / name) for name in images.file_names]
+        self._image_ids = images.image_ids
+        self._identity = {
+            "data set": _fingerprint(images),
+            "seed": seed,
+            "batch size": batch_size,
+            "rank": rank,
+            "world size": world_size,
+        }
+        self.steps_per_epoch = -(-len(images.file_names) // (world_size * batch_size))
+        self.last_image_ids = np.empty(0, np.int64)
+        self._step, checkpoint = (0, None) if state is None else _unpack(state, self._identity)
+        self._device = device
+        pipeline = make_pipeline(
+            device,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            prefetch_batches=prefetch_batches,
+            seed=_derived_seed(seed, 1 + rank),
+            checkpointing=True,
+            checkpoint=checkpoint,
+        )
+        with tempfile.TemporaryDirectory(prefix="coco-") as folder:  # read once, while the pipeline is built
+            annotations = Path(folder, "instances.json")
+            _write_annotations(annotations, images)
+            with pipeline:
+                encoded, boxes, labels, positions = fn.readers.coco(
+                    file_root=str(images.image_dir),
+                    annotations_file=str(annotations),
+                    image_ids=True,
+                    ratio=True,
+                    ltrb=True,
+                    avoid_class_remapping=True,
+                    size_threshold=0.0,
+                    shard_id=rank,
+                    num_shards=world_size,
+                    shuffle_after_epoch=True,
+                    shuffle_after_epoch_seed=_derived_seed(seed, 0),
+                    pad_last_batch=True,
+                )
+                pixels, boxes, labels = _augmented(encoded, boxes, labels, image_size, augmentation, device)
+                deltas, labels = fn.box_encoder(
+                    boxes, labels, anchors=anchors_ltrb.ravel().tolist(), offset=True, stds=[0.1, 0.1, 0.2, 0.2]
+                )
+                pipeline.set_outputs(pixels, deltas, labels, positions)
+            pipeline.build()
+        self._pipeline: Pipeline | None = pipeline
+
+    def epoch(self) -> Iterator[TrainBatch]:
+        """The rest of the current epoch, or the whole next one where that is at its end.
+
+        Raises PictureError for a file that cannot be decoded; the loader is of no use afterwards.
+        """
+        for step in range(self._step, self.steps_per_epoch):
+            pixels, deltas, labels, positions = run(self._pipeline, self._device, self._paths)
+            self._step = (step + 1) % self.steps_per_epoch
+            self.last_image_ids = self._image_ids[positions[:, 0].numpy()]
+            yield TrainBatch(images=pixels.permute(0, 3, 1, 2), deltas=deltas, labels=labels)
+
+    def state(self) -> bytes:
+        """Where the loader stands: after the batch that was given last, whatever has been prepared beyond it."""
+        header = json.dumps(self._identity | {"step": self._step})
+        return header.encode() + b"\n" + self._pipeline.checkpoint()
+
+    def close(self) -> None:
+        """Ends the background threads and frees the buffers; batches that are held elsewhere stay valid."""
+        del self._pipeline
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _augmented(
+    encoded: Any, boxes: Any, labels: Any, image_size: int, augmentation: Augmentation, device: torch.device
+) -> tuple[Any, Any, Any]:
+    """Graph nodes of the normalised pictures [S, S, 3] and of their boxes (ltrb fractions) and labels.
+
+    Colours are changed by DALI's one-pass operator, which differs from torchvision's ColorJitter in three ways. The order
+    is fixed: hue and saturation, then contrast, then brightness, without clipping in between. Contrast pulls towards
+    128, not towards the picture's mean grey. Hue turns the chroma plane of YIQ, where HSV's hue changes at constant
+    value and saturation; angle and direction are the same. Brightness and saturation agree to a grey level.
+    """
+    on_gpu = device.type == "cuda"
+    corner, extent = np.zeros(2, np.float32), np.ones(2, np.float32)
+    if augmentation.crop_min_ious:
+        corner, extent, boxes, labels = fn.random_bbox_crop(
+            math.clamp(boxes, 0.0, 1.0),  # a rounding error beyond the picture's edge would end the pipeline
+            labels,
+            thresholds=list(augmentation.crop_min_ious),
+            allow_no_crop=augmentation.crop_allow_none,
+            scaling=list(augmentation.crop_sides),
+            aspect_ratio=list(augmentation.crop_aspect),
+            num_attempts=augmentation.crop_attempts,
+            total_num_attempts=_MAX_CROPS_TRIED,
+            bbox_layout="xyXY",
+            quiet=True,
+        )
+    pixels = fn.decoders.image_slice(
+        encoded,
+        corner,
+        extent,
+        device=decoder_placement(device),
+        output_type=types.RGB,
+        adjust_orientation=False,  # boxes are in the frame of the stored pixels
+    )
+    pixels = fn.color_twist(
+        resized(pixels, image_size),
+        brightness=_uniform(*augmentation.brightness),
+        contrast=_uniform(*augmentation.contrast),
+        saturation=_uniform(*augmentation.saturation),
+        hue=_uniform(-augmentation.hue_degrees, augmentation.hue_degrees),
+    )
+    flip = fn.random.coin_flip(probability=augmentation.flip_probability)
+    pixels = normalised(pixels, device, mirror=flip)
+    boxes = fn.bb_flip(boxes, ltrb=True, horizontal=flip)
+    return pixels, boxes.gpu() if on_gpu else boxes, labels.gpu() if on_gpu else labels
+
+
+def _uniform(low: float, high: float) -> Any:
+    return low if low == high else fn.random.uniform(range=[low, high])
+
+
+def _derived_seed(seed: int, stream: int) -> int:
+    """A seed of 31 bits; neighbouring seeds and streams give unrelated ones."""
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0] >> 1)
+
+
+def _with_boxes(images: LabelledImages) -> LabelledImages:
+    keep = np.flatnonzero(np.diff(images.offsets))
+    return images._replace(
+        file_names=tuple(images.file_names[index] for index in keep),
+        image_ids=images.image_ids[keep],
+        sizes_hw=images.sizes_hw[keep],
+        offsets=np.append(images.offsets[keep], images.offsets[-1]),
+    )
+
+
+def _check(images: LabelledImages, world_size: int, augmentation: Augmentation) -> None:
+    if len(images.file_names) < world_size:
+        raise ValueError(
+            f"{images.image_dir}: {len(images.file_names)} pictures with boxes: expected at least one for each of "
+            f"{world_size} ranks"
+        )
+    if not augmentation.crop_min_ious and not augmentation.crop_allow_none:
+        raise ValueError("augmentation: crop_min_ious is empty and crop_allow_none is false: expected at least one option")
+
+
+def _write_annotations(path: Path, images: LabelledImages) -> None:
+    """The set as a COCO file for DALI's reader, with positions in the set for image ids."""
+    boxes_ltwh = images.boxes_ltrb.astype(np.float64)
+    boxes_ltwh[:, 2:] -= boxes_ltwh[:, :2]
+    positions = np.repeat(np.arange(len(images.file_names)), np.diff(images.offsets))
+    content = {
+        "images": [
+            {"id": position, "file_name": name, "height": height, "width": width}
+            for position, (name, (height, width)) in enumerate(zip(images.file_names, images.sizes_hw.tolist(), strict=True))
+        ],
+        "annotations": [
+            {"image_id": position, "category_id": label, "bbox": box}
+            for position, label, box in zip(positions.tolist(), images.labels.tolist(), boxes_ltwh.tolist(), strict=True)
+        ],
+        "categories": [{"id": label, "name": str(label)} for label in range(1, int(images.labels.max()) + 1)],
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _fingerprint(images: LabelledImages) -> str:
+    digest = hashlib.sha256("\0".join(images.file_names).encode())
+    for array in (images.image_ids, images.sizes_hw, images.boxes_ltrb, images.labels, images.offsets):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _unpack(state: bytes, identity: dict[str, Any]) -> tuple[int, bytes]:
+    header, separator, checkpoint = state.partition(b"\n")
+    try:
+        saved = json.loads(header) if separator else {}
+    except ValueError:
+        saved = {}
+    for key, value in identity.items():
+        if saved.get(key) != value:
+            raise ValueError(f"state of the training input: {key} = {saved.get(key)!r}: expected {value!r}")
+    return saved["step"], checkpoint

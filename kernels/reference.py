@@ -1,0 +1,340 @@
+"""The operators of the detector in plain torch: their specification, and the oracle of every faster version.
+
+Everything here works on any device and computes in the precision it is given (16-bit input in float32), so that float64
+input gives a result to measure others by. Boxes are fractions of the image's width and height.
+
+The rules are those of the MLPerf SSD reference. Where it is silent or goes wrong, the docstring states the rule.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CENTRE_VARIANCE = 0.1
+SIZE_VARIANCE = 0.2
+NEGATIVES_PER_POSITIVE = 3
+
+
+class Targets(NamedTuple):
+    """What every anchor should predict.
+
+    deltas: [B, A, 4] in the precision of the boxes, see `encode_deltas`; rows of background anchors are zero.
+    labels: [B, A] int32, 0 = background.
+    """
+
+    deltas: Tensor
+    labels: Tensor
+
+
+class LossParts(NamedTuple):
+    """Multibox loss of every image, already divided by the image's number of positive anchors.
+
+    box: [B] SmoothL1 part.
+    class_: [B] cross-entropy part.
+    """
+
+    box: Tensor
+    class_: Tensor
+
+
+class Detections(NamedTuple):
+    """What was found in every image, best score first; rows from counts[b] on are zero.
+
+    boxes_ltrb: [B, D, 4] fractions of the image, not clipped to it.
+    scores: [B, D] probabilities.
+    labels: [B, D] int32, 1 to C - 1.
+    counts: [B] int32, 0 to D.
+    """
+
+    boxes_ltrb: Tensor
+    scores: Tensor
+    labels: Tensor
+    counts: Tensor
+
+
+def ltrb_to_cxcywh(boxes_ltrb: Tensor) -> Tensor:
+    """Centre and size of boxes [..., 4] that are given by their corners."""
+    left, top, right, bottom = boxes_ltrb.unbind(-1)
+    return torch.stack((0.5 * (left + right), 0.5 * (top + bottom), right - left, bottom - top), dim=-1)
+
+
+def cxcywh_to_ltrb(boxes_cxcywh: Tensor) -> Tensor:
+    """Corners of boxes [..., 4] that are given by centre and size."""
+    centres, sizes = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat((centres - 0.5 * sizes, centres + 0.5 * sizes), dim=-1)
+
+
+def iou_matrix(boxes_a_ltrb: Tensor, boxes_b_ltrb: Tensor) -> Tensor:
+    """Intersection over union of every box of one set with every box of another.
+
+    boxes_a_ltrb: [..., N, 4] and boxes_b_ltrb: [..., M, 4], same unit, left <= right and top <= bottom.
+    Returns [..., N, M] in [0, 1]; 0 where both boxes have no area.
+    """
+    a, b = boxes_a_ltrb.unsqueeze(-2), boxes_b_ltrb.unsqueeze(-3)  # [..., N, 1, 4], [..., 1, M, 4]
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    width, height = sides.clamp(min=0).unbind(-1)
+    intersection = width * height
+    union = _areas(a) + _areas(b) - intersection
+    return torch.where(union > 0, intersection / union, 0)
+
+
+def encode_deltas(boxes_ltrb: Tensor, anchors_cxcywh: Tensor) -> Tensor:
+    """Regression targets of boxes relative to the anchors they belong to.
+
+    boxes_ltrb: [..., 4], left < right and top < bottom.
+    anchors_cxcywh: [..., 4], same unit.
+    Returns [..., 4], dimensionless: centre offset / anchor size / 0.1, log(size ratio) / 0.2.
+    Source: Liu et al. 2016, eq. 2; 0.1 and 0.2 are the variances of the authors' Caffe release.
+    """
+    boxes = ltrb_to_cxcywh(boxes_ltrb)
+    anchor_centres, anchor_sizes = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
+    offsets = (1 / CENTRE_VARIANCE) * (boxes[..., :2] - anchor_centres) / anchor_sizes
+    log_ratios = (1 / SIZE_VARIANCE) * (boxes[..., 2:] / anchor_sizes).log()
+    return torch.cat((offsets, log_ratios), dim=-1)
+
+
+def decode_deltas(deltas: Tensor, anchors_cxcywh: Tensor) -> Tensor:
+    """Corners of the boxes that deltas [..., 4] describe, relative to anchors [..., 4]: undoes `encode_deltas`."""
+    anchor_centres, anchor_sizes = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
+    centres = deltas[..., :2] * CENTRE_VARIANCE * anchor_sizes + anchor_centres
+    sizes = (deltas[..., 2:] * SIZE_VARIANCE).exp() * anchor_sizes
+    return cxcywh_to_ltrb(torch.cat((centres, sizes), dim=-1))
+
+
+@torch.no_grad()
+def encode_boxes(
+    boxes_ltrb: Tensor, labels: Tensor, offsets: Tensor, anchors_cxcywh: Tensor, *, iou_threshold: float = 0.5
+) -> Targets:
+    """Targets of every anchor, from the ground truths of a batch of images.
+
+    boxes_ltrb: [T, 4] float32 or float64, the ground truths of all images one after the other.
+    labels: [T] int32 or int64, at least 1.
+    offsets: [B + 1] int64; the ground truths of image b are rows offsets[b] to offsets[b + 1].
+    anchors_cxcywh: [A, 4], converted to the precision of the boxes.
+
+    An anchor belongs to the ground truth that it overlaps best, if their IoU is above iou_threshold (not equal to it).
+    Besides, every ground truth takes the anchor that overlaps it best, whatever that anchor belonged to. Among equal
+    IoUs the first ground truth and the first anchor win; if several ground truths have the same best anchor, the last
+    of them takes it (and the others may end without any). All other anchors are background, and so are all anchors of
+    an image without boxes. Deterministic.
+
+    Raises ValueError for a wrong shape, dtype or device, boxes without area, labels below 1, offsets that do not
+    partition the boxes.
+    Source: Liu et al. 2016, section 2.2; ties as in the MLPerf reference.
+    """
+    _check_ground_truths(boxes_ltrb, labels, offsets)
+    _check(anchors_cxcywh, "anchors_cxcywh", (None, 4), device=boxes_ltrb.device)
+    if anchors_cxcywh.shape[0] == 0:
+        raise ValueError("anchors_cxcywh has 0 rows: expected at least one anchor")
+    anchors = anchors_cxcywh.to(boxes_ltrb.dtype)
+    bounds = offsets.tolist()
+    batch_size, num_anchors = len(bounds) - 1, anchors.shape[0]
+    deltas = boxes_ltrb.new_zeros(batch_size, num_anchors, 4)
+    target_labels = labels.new_zeros(batch_size, num_anchors, dtype=torch.int32)
+    for image, (begin, end) in enumerate(pairwise(bounds)):
+        if begin == end:
+            continue
+        boxes = boxes_ltrb[begin:end]
+        owners = _match(iou_matrix(boxes, cxcywh_to_ltrb(anchors)), iou_threshold)  # [A]
+        positive = owners >= 0
+        deltas[image, positive] = encode_deltas(boxes[owners[positive]], anchors[positive])
+        target_labels[image, positive] = labels[begin:end][owners[positive]].to(torch.int32)
+    return Targets(deltas=deltas, labels=target_labels)
+
+
+def multibox_loss(deltas: Tensor, logits: Tensor, target_deltas: Tensor, target_labels: Tensor) -> LossParts:
+    """Box and class loss of every image; differentiable in deltas and logits.
+
+    deltas: [B, A, 4] and logits: [B, A, C] floating point (16-bit is computed in float32), C >= 2.
+    target_deltas: [B, A, 4] floating point; target_labels: [B, A] int32 or int64, 0 (background) to C - 1.
+
+    box: SmoothL1 (beta 1), summed over the four deltas of all positive anchors.
+    class_: cross-entropy, summed over all positives and over the hardest background anchors: three for each positive,
+    or all there are. Hardest are those of largest cross-entropy; among equals the lower anchor index comes first.
+    Both are divided by the image's number of positives; an image without positives has loss 0. Background anchors that
+    are not chosen have gradient 0. No host synchronisation, hence no search for labels that are out of range.
+
+    Raises ValueError for a wrong shape, dtype or device.
+    Source: Liu et al. 2016, eq. 1 and section 2.2. Unlike in the MLPerf reference a positive never counts twice.
+    """
+    _check(deltas, "deltas", (None, None, 4))
+    batch_size, num_anchors, _ = deltas.shape
+    _check(logits, "logits", (batch_size, num_anchors, None), device=deltas.device)
+    _check_num_classes(logits)
+    _check(target_deltas, "target_deltas", (batch_size, num_anchors, 4), device=deltas.device)
+    _check(target_labels, "target_labels", (batch_size, num_anchors), kind="integer", device=deltas.device)
+    dtype = torch.promote_types(torch.promote_types(deltas.dtype, logits.dtype), torch.float32)
+
+    positive = target_labels > 0  # [B, A]
+    num_positives = positive.sum(dim=1)
+
+    box_losses = F.smooth_l1_loss(deltas.to(dtype), target_deltas.to(dtype), reduction="none").sum(dim=-1)
+    class_losses = F.cross_entropy(
+        logits.to(dtype).flatten(0, 1), target_labels.flatten().long(), reduction="none"
+    ).view_as(target_labels)
+
+    hardness = class_losses.detach().masked_fill(positive, -torch.inf)
+    hardest_first = hardness.sort(dim=1, descending=True, stable=True).indices
+    num_hard = torch.minimum(NEGATIVES_PER_POSITIVE * num_positives, num_anchors - num_positives)
+    places = torch.arange(num_anchors, device=deltas.device)
+    hard = torch.zeros_like(positive).scatter(1, hardest_first, places < num_hard.unsqueeze(1))
+
+    divisor = num_positives.clamp(min=1)
+    return LossParts(
+        box=torch.where(positive, box_losses, 0).sum(dim=1) / divisor,
+        class_=torch.where(positive | hard, class_losses, 0).sum(dim=1) / divisor,
+    )
+
+
+@torch.no_grad()
+def decode_nms(
+    deltas: Tensor,
+    logits: Tensor,
+    anchors_cxcywh: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    max_per_class: int = 200,
+    max_detections: int = 200,
+) -> Detections:
+    """Detections in a batch of images: softmax, box decoding, greedy non-maximum suppression per class, best of all.
+
+    deltas: [B, A, 4] and logits: [B, A, C] floating point (16-bit is computed in float32), C >= 2, 0 = background.
+    anchors_cxcywh: [A, 4], converted to the precision of the computation.
+
+    Boxes of a class with probability above score_threshold (not equal to it) are its candidates. The best max_per_class
+    of them enter suppression: from best to worst, each that is still there drops all after it that overlap it by
+    iou_threshold or more. The best max_detections of all classes together remain. Boxes are not clipped.
+    Among equal scores the lower anchor index comes first, then the lower class. An anchor with a logit or a box
+    coordinate that is not finite gives no detection. Deterministic.
+
+    Raises ValueError for a wrong shape, dtype or device, or a limit below 1.
+    Source: rules and defaults of the MLPerf reference; where that fails on an image without candidates, its count is 0.
+    """
+    _check(deltas, "deltas", (None, None, 4))
+    batch_size, num_anchors, _ = deltas.shape
+    _check(logits, "logits", (batch_size, num_anchors, None), device=deltas.device)
+    _check_num_classes(logits)
+    _check(anchors_cxcywh, "anchors_cxcywh", (num_anchors, 4), device=deltas.device)
+    for name, limit in (("max_per_class", max_per_class), ("max_detections", max_detections)):
+        if limit < 1:
+            raise ValueError(f"{name} = {limit}: expected at least 1")
+    dtype = torch.promote_types(torch.promote_types(deltas.dtype, logits.dtype), torch.float32)
+
+    boxes = decode_deltas(deltas.to(dtype), anchors_cxcywh.to(dtype))  # [B, A, 4]
+    scores = logits.to(dtype).softmax(dim=-1)[..., 1:]  # [B, A, C - 1]
+    finite = logits.isfinite().all(dim=-1) & boxes.isfinite().all(dim=-1)
+    candidates = (scores > score_threshold) & finite.unsqueeze(-1)
+
+    detections = Detections(
+        boxes_ltrb=boxes.new_zeros(batch_size, max_detections, 4),
+        scores=boxes.new_zeros(batch_size, max_detections),
+        labels=boxes.new_zeros(batch_size, max_detections, dtype=torch.int32),
+        counts=boxes.new_zeros(batch_size, dtype=torch.int32),
+    )
+    for image in range(batch_size):
+        anchors, classes = candidates[image].nonzero(as_tuple=True)  # [N] each, in order of anchor, then class
+        best_first = scores[image, anchors, classes].sort(descending=True, stable=True).indices
+        anchors, classes = anchors[best_first], classes[best_first]
+
+        ranks = _ranks_within(classes)
+        entering = ranks < max_per_class
+        anchors, classes, ranks = anchors[entering], classes[entering], ranks[entering]
+        kept = _suppress(boxes[image, anchors], classes, ranks, iou_threshold)
+        anchors, classes = anchors[kept][:max_detections], classes[kept][:max_detections]
+
+        count = anchors.numel()
+        detections.boxes_ltrb[image, :count] = boxes[image, anchors]
+        detections.scores[image, :count] = scores[image, anchors, classes]
+        detections.labels[image, :count] = (classes + 1).to(torch.int32)
+        detections.counts[image] = count
+    return detections
+
+
+def _areas(boxes_ltrb: Tensor) -> Tensor:
+    left, top, right, bottom = boxes_ltrb.unbind(-1)
+    return (right - left) * (bottom - top)
+
+
+def _match(ious: Tensor, iou_threshold: float) -> Tensor:
+    """[A] int64, the ground truth of every anchor or -1, from ious [G, A]; the rules of `encode_boxes`."""
+    best_ious, owners = ious.max(dim=0)
+    owners = torch.where(best_ious > iou_threshold, owners, -1)
+    best_anchors = ious.argmax(dim=1)  # [G]
+    ground_truths = torch.arange(ious.shape[0], device=ious.device)
+    forced = torch.full_like(owners, -1).scatter_reduce(0, best_anchors, ground_truths, "amax")
+    return torch.where(forced >= 0, forced, owners)
+
+
+def _ranks_within(classes: Tensor) -> Tensor:
+    """[N] int64, how many entries of the same class come before each entry of classes [N]."""
+    by_class = classes.sort(stable=True).indices
+    counts = classes.bincount()
+    first_places = counts.cumsum(0) - counts  # of each class, in the order by_class
+    places = torch.arange(classes.numel(), device=classes.device)
+    return torch.empty_like(classes).scatter(0, by_class, places - first_places[classes[by_class]])
+
+
+def _suppress(boxes_ltrb: Tensor, classes: Tensor, ranks: Tensor, iou_threshold: float) -> Tensor:
+    """[N] bool, which of boxes_ltrb [N, 4] survive suppression within their class, in the order of ranks [N].
+
+    All classes advance together, rank by rank: the boxes lie in a table [classes, ranks], padded with empty boxes
+    behind the last rank of a class.
+    """
+    if boxes_ltrb.shape[0] == 0:
+        return torch.zeros_like(classes, dtype=torch.bool)
+    num_ranks = int(ranks.max()) + 1
+    table = boxes_ltrb.new_zeros(int(classes.max()) + 1, num_ranks, 4)
+    table[classes, ranks] = boxes_ltrb
+    overlapping = iou_matrix(table, table) >= iou_threshold
+    kept = torch.ones_like(overlapping[..., 0])  # [classes, ranks]
+    for rank in range(num_ranks - 1):
+        kept[:, rank + 1 :] &= ~(overlapping[:, rank, rank + 1 :] & kept[:, rank, None])
+    return kept[classes, ranks]
+
+
+def _check(
+    tensor: Tensor,
+    name: str,
+    shape: tuple[int | None, ...],
+    *,
+    kind: str = "floating point",
+    device: torch.device | None = None,
+) -> None:
+    fits = tensor.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: expected [{wanted}]")
+    integer = tensor.dtype in (torch.int32, torch.int64)
+    if (kind == "integer" and not integer) or (kind == "floating point" and not tensor.is_floating_point()):
+        raise ValueError(f"{name} is {tensor.dtype}: expected {'int32 or int64' if kind == 'integer' else kind}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}: expected {device}, like the others")
+
+
+def _check_num_classes(logits: Tensor) -> None:
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits has shape {list(logits.shape)}: expected at least 2 classes, background and another")
+
+
+def _check_ground_truths(boxes_ltrb: Tensor, labels: Tensor, offsets: Tensor) -> None:
+    _check(boxes_ltrb, "boxes_ltrb", (None, 4))
+    if boxes_ltrb.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"boxes_ltrb is {boxes_ltrb.dtype}: expected float32 or float64")
+    _check(labels, "labels", (boxes_ltrb.shape[0],), kind="integer", device=boxes_ltrb.device)
+    _check(offsets, "offsets", (None,), kind="integer")
+    bounds = offsets.tolist()
+    if not bounds or bounds[0] != 0 or bounds[-1] != boxes_ltrb.shape[0] or bounds != sorted(bounds):
+        raise ValueError(f"offsets = {bounds}: expected an ascending list from 0 to {boxes_ltrb.shape[0]} (boxes)")
+    has_area = (boxes_ltrb[:, :2] < boxes_ltrb[:, 2:]).all(dim=1) & boxes_ltrb.isfinite().all(dim=1)
+    if not has_area.all():
+        row = int((~has_area).nonzero()[0])
+        raise ValueError(f"boxes_ltrb[{row}] = {boxes_ltrb[row].tolist()}: expected finite left < right, top < bottom")
+    if labels.numel() and int(labels.min()) < 1:
+        row = int(labels.argmin())
+        raise ValueError(f"labels[{row}] = {int(labels[row])}: expected at least 1")

@@ -1,0 +1,145 @@
+"""Checkpoints: everything that a run needs to go on exactly, or that a model needs to be used."""
+
+import io
+import logging
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ssd_fast.config import Config, ConfigError, validate_config
+from ssd_fast.dataset import Category
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "ssd_fast checkpoint 1"
+BEST = "best.pt"
+_NUMBERED = re.compile(r"step_(\d{9})\.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written, or is not of this program; the message names the file."""
+
+
+class Checkpoint(NamedTuple):
+    """A run at one step boundary.
+
+    config, categories: of the run. model: state dict of ssd_fast.model.SSD.
+    optimizer, scaler, rng: their state dicts; rng holds torch's generators.
+    loader: state of the input pipeline of each rank, one uint8 tensor each.
+    step: steps done. scores: the twelve COCO numbers of each evaluated epoch (from 1), by epoch.
+    """
+
+    config: Config
+    categories: tuple[Category, ...]
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    rng: dict[str, Any]
+    loader: list[torch.Tensor]
+    step: int
+    steps_per_epoch: int
+    scores: dict[int, dict[str, float]]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint under a temporary name and renames it: the file is whole or is not there.
+
+    Raises CheckpointError when the disk is full or the folder cannot be written to; an older file stays as it was.
+    """
+    values = checkpoint._asdict() | {
+        "format": FORMAT,
+        "config": checkpoint.config.model_dump(mode="json", exclude_none=True),
+        "categories": [category._asdict() for category in checkpoint.categories],
+    }
+    buffer = io.BytesIO()  # torch.save straight to a full disk fails with an error that does not say so
+    torch.save(values, buffer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getbuffer())
+    except OSError as error:
+        raise CheckpointError(f"{path}: checkpoint not written: {error.strerror}") from None
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Replaces a file by new content, durably; on an error the old file stays and nothing else is left."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint onto the CPU, as data only (no code in it is run).
+
+    Raises CheckpointError when the file is missing, damaged, or not a checkpoint of this program.
+    """
+    content = read_tensors(path)
+    if not is_checkpoint(content):
+        raise CheckpointError(f"{path}: not a checkpoint of this program: expected format = {FORMAT!r}")
+    return parse_checkpoint(content, path)
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether what a file holds is a checkpoint of this program, rather than weights alone."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
+    """The checkpoint that a file holds; path is named in errors."""
+    try:
+        config = validate_config(content["config"], source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its configuration is not valid here: {error}") from None
+    categories = tuple(Category(**category) for category in content["categories"])
+    values = {name: content[name] for name in Checkpoint._fields}
+    return Checkpoint(**values | {"config": config, "categories": categories})
+
+
+def read_tensors(path: Path) -> Any:
+    """The content of a file written by torch.save, tensors and plain values only, on the CPU."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: damaged, or not a file of tensors: {str(error).splitlines()[0]}") from None
+
+
+def numbered_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return folder / f"step_{step:09d}.pt"
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The readable checkpoint of the highest step, or None; damaged ones are passed over with a warning."""
+    for path in _numbered(folder):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s; trying the one before", error)
+    return None
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Removes all but the newest numbered checkpoints; the best one is kept under a name of its own."""
+    for path in list(_numbered(folder))[keep:]:
+        path.unlink()
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """Numbered checkpoints of a folder, newest first."""
+    if folder.is_dir():
+        yield from sorted((path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name)), reverse=True)

@@ -1,0 +1,188 @@
+"""From pictures to detections: one picture's worth, a whole data set's, or a folder's."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from dali_pipelines.batch import EvalBatch, LabelledImages
+from dali_pipelines.evaluate import EvalLoader
+from ssd_fast.anchors import make_anchors
+from ssd_fast.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint, read_tensors
+from ssd_fast.coco_eval import CocoScores, DetectionTable, score
+from ssd_fast.config import Config, DetectionConfig, ModelConfig, override_config
+from ssd_fast.dataset import Category, CocoSet, DataError
+from ssd_fast.distributed import usable_cores
+from ssd_fast.model import SSD
+from ssd_fast.weights import load_weights
+
+
+def anchors_of(config: ModelConfig) -> Tensor:
+    """Anchors of a model, [A, 4] float32 cxcywh, fractions of the image."""
+    return make_anchors(
+        image_size=config.image_size,
+        grid_sizes=config.grid_sizes(),
+        steps=config.anchor_steps,
+        scales=config.anchor_scales,
+        aspect_ratios=config.aspect_ratios,
+    )
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that a device computes in under the configuration's training.precision."""
+    named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision != "auto":
+        return named[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+class Detector:
+    """A network with all that turns its predictions into boxes."""
+
+    def __init__(
+        self,
+        model: SSD,
+        anchors_cxcywh: Tensor,
+        *,
+        detection: DetectionConfig,
+        categories: tuple[Category, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        """model, anchors_cxcywh: on the device that is to compute, in `dtype` under autocast."""
+        self.model = model
+        self.anchors_cxcywh = anchors_cxcywh
+        self.detection = detection
+        self.categories = categories
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def detect(self, images: Tensor) -> kernels.Detections:
+        """Detections of a batch of normalised images [B, 3, S, S]; the model's mode (train, eval) is restored after."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            predictions = self.model(images if self.dtype != torch.float32 else images.float())
+        self.model.train(was_training)
+        return kernels.decode_nms(
+            predictions.deltas.float(),
+            predictions.logits.float(),
+            self.anchors_cxcywh,
+            score_threshold=self.detection.score_threshold,
+            iou_threshold=self.detection.iou_threshold,
+            max_per_class=self.detection.max_per_class,
+            max_detections=self.detection.max_detections,
+        )
+
+    def detect_all(self, batches: Iterable[EvalBatch], category_ids: np.ndarray | None = None) -> DetectionTable:
+        """Detections of many pictures in pixels, read from the device once, at the end.
+
+        category_ids: [K] int64, the id to report for label k + 1; left out, the categories' own.
+        """
+        found, image_ids, sizes_hw = [], [], []
+        for batch in batches:
+            found.append(self.detect(batch.images))
+            image_ids.append(batch.image_ids)
+            sizes_hw.append(batch.sizes_hw)
+        if category_ids is None:
+            category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
+        return _to_table(found, image_ids, sizes_hw, category_ids)
+
+    def evaluate(self, batches: Iterable[EvalBatch], coco_set: CocoSet) -> tuple[CocoScores, DetectionTable]:
+        """COCO scores over all pictures of a set's annotation file, and the detections they come from.
+
+        Raises DataError when the set lacks a category that the network detects.
+        """
+        ids = {category.name: category.id for category in coco_set.categories}
+        missing = [category.name for category in self.categories if category.name not in ids]
+        if missing:
+            raise DataError(
+                f"{coco_set.annotation_file}: lacks the categories {missing}, which the network detects: expected all "
+                f"of {[category.name for category in self.categories]}"
+            )
+        category_ids = np.array([ids[category.name] for category in self.categories], dtype=np.int64)
+        table = self.detect_all(batches, category_ids)
+        return score(coco_set.annotation_file, table, category_ids=category_ids.tolist()), table
+
+
+def _to_table(
+    found: list[kernels.Detections], image_ids: list[Tensor], sizes_hw: list[Tensor], category_ids: np.ndarray
+) -> DetectionTable:
+    if not found:
+        raise DataError("no pictures to detect on")
+    boxes = torch.cat([item.boxes_ltrb for item in found]).cpu().double().numpy()  # [N, D, 4]
+    scores = torch.cat([item.scores for item in found]).cpu().double().numpy()
+    labels = torch.cat([item.labels for item in found]).cpu().numpy()
+    counts = torch.cat([item.counts for item in found]).cpu().numpy()
+    sizes = torch.cat(sizes_hw).numpy()[:, [1, 0, 1, 0]]
+    boxes = boxes * sizes[:, None, :]
+    used = np.arange(boxes.shape[1]) < counts[:, None]  # [N, D]
+    boxes_ltrb = boxes[used]
+    return DetectionTable(
+        image_ids=np.repeat(torch.cat(image_ids).numpy(), counts),
+        boxes_xywh=np.concatenate([boxes_ltrb[:, :2], boxes_ltrb[:, 2:] - boxes_ltrb[:, :2]], axis=1),
+        scores=scores[used],
+        category_ids=category_ids[labels[used] - 1],
+    )
+
+
+def make_eval_loader(
+    config: Config, images: LabelledImages, device: torch.device, *, apply_orientation: bool = False
+) -> EvalLoader:
+    """A pass over pictures, in their order.
+
+    apply_orientation: whether EXIF rotation is applied; a data set's boxes refer to the stored pixels, without it.
+    """
+    return EvalLoader(
+        images=images,
+        image_size=config.model.image_size,
+        batch_size=config.evaluation.batch_size,
+        device=device,
+        num_threads=config.data.num_threads or usable_cores(),
+        prefetch_batches=config.data.prefetch_batches,
+        apply_orientation=apply_orientation,
+    )
+
+
+def load_detector(
+    path: Path,
+    device: torch.device,
+    *,
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+    categories: tuple[Category, ...] | None = None,
+) -> tuple[Detector, Config]:
+    """A detector from a checkpoint of this program, or from weights in the layout of the MLPerf reference, and its recipe.
+
+    config: left out, the checkpoint's own, with overrides ("section.key=value" each).
+    categories: class names for the reference's weights, which hold neither these nor a recipe.
+    Raises ValueError, naming the file, when something does not fit.
+    """
+    content = read_tensors(path)
+    weights: Mapping[str, Any]
+    if is_checkpoint(content):
+        checkpoint = parse_checkpoint(content, path)
+        config = config or override_config(checkpoint.config, overrides, source=str(path))
+        categories, weights = checkpoint.categories, checkpoint.model
+    elif config is None or categories is None:
+        raise CheckpointError(f"{path}: holds weights only: expected --config and --data, for a recipe and class names")
+    else:
+        weights = content
+    model = SSD(config.model, num_classes=len(categories))
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    detector = Detector(
+        model.to(device, memory_format=torch.channels_last).eval(),
+        anchors_of(config.model).to(device),
+        detection=config.detection,
+        categories=categories,
+        dtype=compute_dtype(config.training.precision, device),
+    )
+    return detector, config

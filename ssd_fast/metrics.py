@@ -1,0 +1,137 @@
+"""The history of a run for other tools: metrics.jsonl and TensorBoard. Owner of TensorBoard."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+_logger = logging.getLogger(__name__)
+
+_TENSORBOARD_TAGS = {"loss": "loss/total", "box_loss": "loss/box", "class_loss": "loss/class"}
+
+
+class MetricsWriter:
+    """Appends a run's figures to OUTPUT/metrics.jsonl, one JSON object a line, and to OUTPUT/tensorboard.
+
+    Lines of training have kind "train" and the keys step, epoch, loss, box_loss, class_loss, learning_rate and
+    images_per_second; lines of an evaluation have kind "eval", step, epoch and the names of the scores. A figure that
+    is not finite is null. Every line is handed to the system at once: a killed process leaves at most a torn last one.
+    """
+
+    def __init__(self, output_dir: Path, *, resume_step: int | None) -> None:
+        """Opens the history of a run.
+
+        output_dir: existing folder.
+        resume_step: the step the run goes on from; what an earlier attempt wrote of later steps is dropped. None for a
+            new run, which drops everything.
+        Raises OSError naming the file where it cannot be written.
+        """
+        self._path = output_dir / "metrics.jsonl"
+        _replace_lines(self._path, _lines_until(self._path, resume_step))
+        self._file = self._path.open("ab", buffering=0)
+        self._tensorboard = SummaryWriter(
+            str(output_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
+        )
+
+    def train(
+        self,
+        step: int,
+        epoch: float,
+        loss: float,
+        box_loss: float,
+        class_loss: float,
+        learning_rate: float,
+        images_per_second: float,
+    ) -> None:
+        """Records the figures of a training step.
+
+        step: steps done since the beginning of the run, this one included.
+        epoch: epochs done, with their fraction.
+        loss: box_loss + class_loss, means over the images.
+        images_per_second: over all ranks.
+        """
+        figures = {
+            "loss": loss,
+            "box_loss": box_loss,
+            "class_loss": class_loss,
+            "learning_rate": learning_rate,
+            "images_per_second": images_per_second,
+        }
+        self._append({"kind": "train", "step": step, "epoch": epoch, **figures})
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(_TENSORBOARD_TAGS.get(name, name), value, step)
+
+    def evaluation(self, step: int, epoch: int, scores: Mapping[str, float]) -> None:
+        """Records the scores of an evaluation after `step` steps and `epoch` epochs, under the names they have."""
+        figures = {name: float(score) for name, score in scores.items()}
+        self._append({"kind": "eval", "step": step, "epoch": epoch, **figures})
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(f"eval/{name}", value, step)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Ends the history; everything is in its files afterwards."""
+        self._file.close()
+        self._tensorboard.close()
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        valid = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with _errors_naming(self._path):
+            self._file.write(json.dumps(valid, allow_nan=False).encode() + b"\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order.
+
+    An unreadable line (torn by a killed process) is left out with a warning.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, TypeError, KeyError):
+            step = None
+        if isinstance(step, int):
+            records.append(record)
+        else:
+            _logger.warning("%s, line %d: not a record of a step, left out", path, number)
+    return records
+
+
+def _lines_until(path: Path, step: int | None) -> list[str]:
+    if step is None or not path.exists():
+        return []
+    return [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
+
+
+def _replace_lines(path: Path, lines: list[str]) -> None:
+    """Rewrites a file so that a reader, or a crash, sees either the old lines or the new ones."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _errors_naming(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors_naming(path: Path) -> Iterator[None]:
+    """Gives the errors of writing, which come without one, the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,351 @@
+"""A training run: from a recipe and a data folder to checkpoints, records and pictures."""
+
+import logging
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dali_pipelines.train import Augmentation, TrainLoader
+from kernels.reference import cxcywh_to_ltrb
+from ssd_fast.checkpoint import (
+    BEST,
+    Checkpoint,
+    CheckpointError,
+    newest_checkpoint,
+    numbered_path,
+    prune_checkpoints,
+    save_checkpoint,
+    write_atomically,
+)
+from ssd_fast.coco_eval import twelve_numbers, write_results
+from ssd_fast.config import Config, dump_toml
+from ssd_fast.dataset import CocoSet, DataError, load_coco
+from ssd_fast.distributed import World, usable_cores
+from ssd_fast.inference import Detector, anchors_of, compute_dtype, make_eval_loader
+from ssd_fast.metrics import MetricsWriter
+from ssd_fast.mlperf_log import MlperfLog
+from ssd_fast.model import SSD
+from ssd_fast.progress import Progress, setup_logging, track
+from ssd_fast.report import draw_report
+from ssd_fast.signals import StopRequest
+from ssd_fast.step import LossMeter, Trainer
+from ssd_fast.weights import load_backbone_weights, load_for_finetuning
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+DETECTIONS = "detections.json"
+
+
+class Outcome(NamedTuple):
+    """How a run ended: the number of the signal that stopped it (0 for none), its best mAP, whether that is its target."""
+
+    stopped_by: int
+    best_map: float
+    reached_target: bool
+
+
+def train(config: Config, data_dir: Path, output: Path, *, resume: bool, world: World | None = None) -> Outcome:
+    """Trains as a configuration says and leaves everything about the run in a folder.
+
+    data_dir: in COCO's layout.
+    output: made if missing. With `resume`, the run in it goes on from its newest readable checkpoint, exactly as if it had
+    not been interrupted; where there is none, it begins.
+    Raises ValueError (configuration, data, checkpoint), FloatingPointError (loss) and OSError.
+    """
+    world = world or World()
+    if not resume and (output / CHECKPOINTS).exists():
+        raise CheckpointError(f"{output}: holds a run already: expected another --output, or --resume to go on with it")
+    saved = newest_checkpoint(output / CHECKPOINTS) if resume else None
+    if saved and _is_finished(config, saved.steps_per_epoch, saved.step, saved.scores):
+        logger.info("%s: this run is finished, at step %d", output, saved.step)
+        return _outcome(config, saved.scores, stopped_by=0)
+    (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    setup_logging(output / "train.log")
+    write_atomically(output / "config.toml", dump_toml(config).encode())
+    with StopRequest() as stop:
+        run = Run(config, data_dir, output, saved, world)
+        try:
+            return run.train(stop)
+        finally:
+            run.close()
+
+
+class Run:
+    """One run in progress."""
+
+    def __init__(self, config: Config, data_dir: Path, output: Path, saved: Checkpoint | None, world: World) -> None:
+        self.config = config
+        self.output = output
+        self.world = world
+        self.device = world.device()
+        self.mlperf = MlperfLog(output if world.is_main else None)
+        self.mlperf.init_start(organization="ssd_fast", platform=_platform(self.device))
+
+        self.train_set, self.val_set = _load_sets(config, data_dir)
+        categories = self.train_set.categories
+        if saved and saved.categories != categories:
+            raise CheckpointError(f"{output}: its run has other classes: {[item.name for item in saved.categories]}")
+
+        torch.manual_seed(config.training.seed)
+        model = SSD(config.model, num_classes=len(categories))
+        if saved is None:
+            _load_initial_weights(model, config)
+        dtype = compute_dtype(config.training.precision, self.device)
+        self.trainer = Trainer(model, config.optimizer, device=self.device, dtype=dtype)
+        anchors_cxcywh = anchors_of(config.model)
+        self.train_loader = _make_train_loader(
+            config, self.train_set, cxcywh_to_ltrb(anchors_cxcywh).numpy(), self.device, world, saved
+        )
+        self.eval_loader = make_eval_loader(config, self.val_set.images, self.device)
+        self.detector = Detector(
+            model, anchors_cxcywh.to(self.device), detection=config.detection, categories=categories, dtype=dtype
+        )
+        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.global_batch_size = config.training.batch_size * world.size
+        self.evaluation_epochs = {*config.evaluation.epochs, config.training.epochs}
+
+        self.meter = LossMeter(self.device)
+        self.step = 0
+        self.scores: dict[int, dict[str, float]] = {}
+        if saved:
+            self._restore(saved)
+        self.metrics = MetricsWriter(output, resume_step=self.step if saved else None)
+        self.progress = Progress(epochs=config.training.epochs)
+
+    def train(self, stop: StopRequest) -> Outcome:
+        """Runs epochs until the last, the target, or a request to stop."""
+        optimizer = self.config.optimizer
+        self.mlperf.init_stop(
+            seed=self.config.training.seed,
+            train_samples=int(np.count_nonzero(np.diff(self.train_set.images.offsets))),
+            eval_samples=len(self.val_set.images.file_names),
+            global_batch_size=self.global_batch_size,
+            learning_rate=optimizer.effective_learning_rate(self.global_batch_size),
+            weight_decay=optimizer.weight_decay,
+            warmup_steps=optimizer.warmup_steps,
+            decay_epochs=optimizer.decay_epochs,
+            bn_span=self.config.training.batch_size,
+            crop_attempts=self.config.augmentation.crop_attempts,
+        )
+        self.mlperf.run_start(
+            evaluation_epochs=self.evaluation_epochs,
+            resumed_epoch=self.step // self.steps_per_epoch + 1 if self.step else None,
+        )
+        with self.progress:
+            while not _is_finished(self.config, self.steps_per_epoch, self.step, self.scores):
+                epoch = self.step // self.steps_per_epoch + 1
+                if self._is_due(epoch - 1):  # the run was cut off between the epoch's last step and its evaluation
+                    self._end_epoch(epoch - 1)
+                    continue
+                self._train_epoch(epoch, stop)
+                if stop.received:
+                    break
+                self._end_epoch(epoch)
+        outcome = _outcome(self.config, self.scores, stop.received)
+        self.mlperf.run_stop(success=outcome.reached_target)
+        if not stop.received:
+            draw_report(self.output, self.val_set)
+        return outcome
+
+    def close(self) -> None:
+        """Ends pipelines and records."""
+        self.train_loader.close()
+        self.eval_loader.close()
+        self.metrics.close()
+        self.mlperf.close()
+
+    def _train_epoch(self, epoch: int, stop: StopRequest) -> None:
+        """Trains the rest of an epoch, or until a request to stop, which is answered with a checkpoint."""
+        training = self.config.training
+        done = self.step - (epoch - 1) * self.steps_per_epoch
+        self.mlperf.epoch_start(epoch)
+        self.progress.start_epoch(epoch, self.steps_per_epoch, start_step=done)
+        window_start, window_steps = time.perf_counter(), 0
+        for batch in self.train_loader.epoch():
+            learning_rate = self.config.optimizer.learning_rate_at(
+                self.step, global_batch_size=self.global_batch_size, steps_per_epoch=self.steps_per_epoch
+            )
+            self.meter.add(self.trainer.train_step(batch, learning_rate), self.step)
+            self.step += 1
+            done += 1
+            window_steps += 1
+            if self.step % training.log_every_steps == 0 or done == self.steps_per_epoch:
+                self._report_window(window_steps, window_start, done, learning_rate)
+                window_start, window_steps = time.perf_counter(), 0
+            if stop.received:
+                self._save(numbered_path(self.output / CHECKPOINTS, self.step))
+                self.progress.message(
+                    f"stopped by signal {stop.received} after step {self.step}; --resume goes on from here"
+                )
+                return
+            if training.checkpoint_every_steps and self.step % training.checkpoint_every_steps == 0:
+                self._save(numbered_path(self.output / CHECKPOINTS, self.step))
+        self.mlperf.epoch_stop(epoch)
+
+    def _report_window(self, steps: int, start: float, done: int, learning_rate: float) -> None:
+        """Reads the losses of the steps since the last reading and shows them; raises FloatingPointError on too many bad ones."""
+        window = self.meter.read()
+        images_per_second = steps * self.global_batch_size / (time.perf_counter() - start)
+        if window.num_nonfinite:
+            what = (
+                f"the loss was not finite in {window.num_nonfinite} of the last {steps} steps, last at step "
+                f"{window.last_nonfinite_step} (learning rate {learning_rate:.4g})"
+            )
+            if window.longest_nonfinite > self.config.training.max_nonfinite_steps:
+                raise FloatingPointError(
+                    f"{what}: {window.longest_nonfinite} in a row, more than training.max_nonfinite_steps = "
+                    f"{self.config.training.max_nonfinite_steps}. Expected a lower learning rate or a longer warm-up to help"
+                )
+            self.progress.warning(f"{what}; those steps were skipped")
+        losses = {"loss": window.total, "box_loss": window.box, "class_loss": window.class_}
+        figures = {"learning_rate": learning_rate, "images_per_second": images_per_second}
+        self.progress.update(done, **losses, **figures)
+        self.metrics.train(self.step, self.step / self.steps_per_epoch, **losses, **figures)
+
+    def _is_due(self, epoch: int) -> bool:
+        """Whether an epoch whose steps are done still waits for its evaluation."""
+        return (
+            epoch in self.evaluation_epochs and epoch not in self.scores and self.step == epoch * self.steps_per_epoch
+        )
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Evaluates after an epoch where that is due, and saves."""
+        if self._is_due(epoch):
+            self._evaluate(epoch)
+        last = epoch == self.config.training.epochs
+        if epoch % self.config.training.checkpoint_every_epochs == 0 or epoch in self.evaluation_epochs or last:
+            self._save(numbered_path(self.output / CHECKPOINTS, self.step))
+
+    def _evaluate(self, epoch: int) -> None:
+        start = time.perf_counter()
+        self.mlperf.eval_start(epoch)
+        scores, table = self.detector.evaluate(self.eval_loader, self.val_set)
+        self.mlperf.eval_stop(epoch, scores.map)
+        best_so_far = max((earlier["map"] for earlier in self.scores.values()), default=-1.0)
+        self.scores[epoch] = twelve_numbers(scores)
+        self.metrics.evaluation(self.step, epoch, self.scores[epoch])
+        self.progress.evaluation(epoch, scores.map, scores.map_50, time.perf_counter() - start)
+        if scores.map > best_so_far or len(self.scores) == 1:
+            self._save(self.output / CHECKPOINTS / BEST)
+            write_results(table, self.output / DETECTIONS)
+
+    def _save(self, path: Path) -> None:
+        cuda = self.device.type == "cuda"
+        checkpoint = Checkpoint(
+            config=self.config,
+            categories=self.train_set.categories,
+            model=self.trainer.model.state_dict(),
+            optimizer=self.trainer.optimizer.state_dict(),
+            scaler=self.trainer.scaler.state_dict(),
+            rng={"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self.device)} if cuda else {}),
+            loader=[torch.frombuffer(bytearray(self.train_loader.state()), dtype=torch.uint8)],
+            step=self.step,
+            steps_per_epoch=self.steps_per_epoch,
+            scores=self.scores,
+        )
+        save_checkpoint(path, checkpoint)
+        if path.name != BEST:
+            prune_checkpoints(path.parent, self.config.training.keep_checkpoints)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        for key, old, new in _differences(saved.config, self.config):
+            if key.startswith("model."):
+                raise CheckpointError(f"{self.output}: its run has {key} = {old!r}: expected the same, not {new!r}")
+            logger.warning("the run in %s began with %s = %r; it goes on with %r", self.output, key, old, new)
+        self.trainer.model.load_state_dict(saved.model)
+        self.trainer.optimizer.load_state_dict(saved.optimizer)
+        self.trainer.scaler.load_state_dict(saved.scaler)
+        torch.set_rng_state(saved.rng["cpu"])
+        if "cuda" in saved.rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved.rng["cuda"], self.device)
+        self.step = saved.step
+        self.scores = dict(saved.scores)
+        logger.info("%s: goes on after step %d", self.output, self.step)
+
+
+def _make_train_loader(
+    config: Config,
+    coco_set: CocoSet,
+    anchors_ltrb: np.ndarray,
+    device: torch.device,
+    world: World,
+    saved: Checkpoint | None,
+) -> TrainLoader:
+    return TrainLoader(
+        images=coco_set.images,
+        anchors_ltrb=anchors_ltrb,
+        image_size=config.model.image_size,
+        batch_size=config.training.batch_size,
+        device=device,
+        num_threads=config.data.num_threads or usable_cores(),
+        prefetch_batches=config.data.prefetch_batches,
+        seed=config.training.seed,
+        rank=world.rank,
+        world_size=world.size,
+        augmentation=Augmentation(**config.augmentation.model_dump()),
+        state=bytes(saved.loader[world.rank].numpy()) if saved else None,
+    )
+
+
+def _load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:
+    """The training and the validation set; DataError when they do not go together."""
+    data = config.data
+    train_set = load_coco(
+        data_dir / data.train_annotations,
+        data_dir / data.train_images,
+        classes=data.classes,
+        with_crowds=data.train_on_crowds,
+        bad_images=data.bad_images,
+        bad_boxes=data.bad_boxes,
+    )
+    val_set = load_coco(
+        data_dir / data.val_annotations,
+        data_dir / data.val_images,
+        bad_images=data.bad_images,
+        bad_boxes=data.bad_boxes,
+    )
+    if len(train_set.images.boxes_ltrb) == 0:
+        raise DataError(f"{train_set.annotation_file}: no picture has a box to learn from")
+    return train_set, val_set
+
+
+def _load_initial_weights(model: SSD, config: Config) -> None:
+    if config.model.initial_checkpoint is None:
+        load_backbone_weights(model, config.model.backbone_weights)
+        return
+    fresh = load_for_finetuning(model, Path(config.model.initial_checkpoint))
+    if fresh:
+        logger.warning(
+            "%s does not fit these classes: heads initialised anew: %s", config.model.initial_checkpoint, fresh
+        )
+
+
+def _is_finished(config: Config, steps_per_epoch: int, step: int, scores: dict[int, dict[str, float]]) -> bool:
+    if _outcome(config, scores, 0).reached_target:
+        return True
+    return step >= config.training.epochs * steps_per_epoch and config.training.epochs in scores
+
+
+def _outcome(config: Config, scores: dict[int, dict[str, float]], stopped_by: int) -> Outcome:
+    best = max((epoch_scores["map"] for epoch_scores in scores.values()), default=-1.0)
+    target = config.evaluation.target_map
+    return Outcome(stopped_by=stopped_by, best_map=best, reached_target=target is not None and best >= target)
+
+
+def _differences(old: Config, new: Config) -> list[tuple[str, object, object]]:
+    """Keys (section.key) in which two configurations differ, with both values."""
+    before, after = old.model_dump(), new.model_dump()
+    return [
+        (f"{section}.{key}", value, after[section][key])
+        for section, keys in before.items()
+        for key, value in keys.items()
+        if value != after[section][key]
+    ]
+
+
+def _platform(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -1,0 +1,27 @@
+"""Data that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def coco_ccby() -> Path:
+    """A COCO-format folder of real photographs; elsewhere than beside the repository: SSD_FAST_COCO_CCBY."""
+    directory = Path(os.environ.get("SSD_FAST_COCO_CCBY", REPOSITORY.parent / "shared" / "data" / "coco_ccby"))
+    if not (directory / "annotations" / "instances_val2017.json").is_file():
+        pytest.skip(f"no photographs at {directory}; SSD_FAST_COCO_CCBY names a COCO-format folder")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def synthetic_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small synthetic COCO-format folder: 64 training and 16 validation pictures."""
+    from ssd_fast.synthesize import synthesize
+
+    directory = tmp_path_factory.mktemp("synthetic") / "data"
+    synthesize(directory, num_images=80, seed=0)
+    return directory
