@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-import nvidia.dali.fn as fn
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, types
+from nvidia.dali import Pipeline, fn, types
 
 from dali_pipelines.batch import EvalBatch, LabelledImages
 from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
@@ -19,8 +18,8 @@ class EvalLoader:
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank; the last batch of a pass may be smaller.
     prefetch_batches: batches prepared ahead, at least 1.
-    apply_orientation: whether a picture is turned as its EXIF entry says, as viewers show it, and EvalBatch.sizes_hw with
-        it. Off for a data set, whose boxes lie in the frame of the stored pixels.
+    apply_orientation: whether pictures are turned as their EXIF entry says and viewers show them; images.sizes_hw are
+        then those of the turned pictures. Off for a data set, whose boxes lie in the frame of the stored pixels.
     Iterating raises PictureError for a file that cannot be decoded.
     """
 
@@ -60,12 +59,12 @@ class EvalLoader:
         pipeline, self._idle = self._idle or self._build(), None
         for start in range(0, len(self._paths), self._batch_size):
             paths = self._paths[start : start + self._batch_size]
-            pixels, indices, shapes_hwc = (output[: len(paths)] for output in run(pipeline, self._device, paths))
+            pixels, indices = (output[: len(paths)] for output in run(pipeline, self._device, paths))
             indices = indices[:, 0].long()
             yield EvalBatch(
                 images=pixels.permute(0, 3, 1, 2),
                 image_ids=self._image_ids[indices],
-                sizes_hw=shapes_hwc[:, :2] if self._apply_orientation else self._sizes_hw[indices],
+                sizes_hw=self._sizes_hw[indices],
             )
         self._idle = pipeline
 
@@ -82,12 +81,11 @@ class EvalLoader:
         )
         with pipeline:
             encoded, indices = fn.readers.file(files=self._paths, pad_last_batch=True)
-            shapes_hwc = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=self._apply_orientation)
             pixels = fn.decoders.image(
                 encoded,
                 device=decoder_placement(self._device),
                 output_type=types.RGB,
                 adjust_orientation=self._apply_orientation,
             )
-            pipeline.set_outputs(normalised(resized(pixels, self._image_size), self._device), indices, shapes_hwc)
+            pipeline.set_outputs(normalised(resized(pixels, self._image_size), self._device), indices)
         return pipeline

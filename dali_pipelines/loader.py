@@ -1,15 +1,15 @@
 """What the training and the evaluation pipeline share: placement, the last operators, and the way to torch.
 
-Only this package imports nvidia.dali. One definition serves both placements: on the CPU everything runs on the host and
-images are float32; on a GPU the decoder is "mixed" (host and GPU), what follows runs on the GPU, and images are float16.
+Only this package imports nvidia.dali. One definition serves both placements: on the CPU everything runs on the host
+and images are float32; on a GPU the decoder is "mixed" (host and GPU), what follows runs there, and images are float16.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-import nvidia.dali.fn as fn
 import torch
-from nvidia.dali import Pipeline, types
+from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 # ImageNet's statistics on the scale of 8-bit pixels, RGB.
@@ -33,8 +33,8 @@ def make_pipeline(
 ) -> Pipeline:
     """An empty pipeline on the device, to be filled inside `with pipeline:`.
 
-    The dynamic executor allocates every batch anew and keeps its memory for as long as somebody holds it; with any other
-    a batch would be overwritten a few batches later and `run` would have to copy.
+    The dynamic executor allocates every batch anew and keeps its memory for as long as somebody holds it; with any
+    other a batch would be overwritten a few batches later and `run` would have to copy.
     """
     return Pipeline(
         batch_size=batch_size,
@@ -54,8 +54,8 @@ def decoder_placement(device: torch.device) -> str:
 
 
 def resized(images: Any, image_size: int) -> Any:
-    """Pictures of image_size x image_size, uint8 HWC: triangular filter where it shrinks, the aspect ratio is not kept."""
-    return fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
+    """Pictures of image_size x image_size, uint8 HWC, aspect ratio not kept; shrunk with a triangular filter."""
+    return fn.resize(images, size=[image_size, image_size], antialias=True)
 
 
 def normalised(images: Any, device: torch.device, *, mirror: Any = 0) -> Any:
@@ -87,13 +87,16 @@ def _device_index(device: torch.device) -> int:
 
 def _explain(message: str, paths: Sequence[str]) -> str:
     reason = message.partition("encountered:")[2].strip().partition("\n")[0]
-    if any(path in reason for path in paths):
-        return reason
-    return f"{_first_without_header(paths)}: not a picture that can be decoded ({reason})"
+    named = re.fullmatch(r"(?:File mapping failed: |Failed to decode sample #\d+ : )(.+)", reason)
+    if named:  # the COCO reader gives the decoder names relative to its folder
+        path = next((path for path in paths if path.endswith(named[1])), named[1])
+    else:
+        path = _first_without_header(paths)
+    return f"{path}: cannot be read or decoded as a picture (DALI: {reason})"
 
 
 def _first_without_header(paths: Sequence[str]) -> str:
-    """The first file whose header is not a picture's: such a failure is one that DALI reports without a name."""
+    """The first file that does not start as a picture does: DALI reports such a one without its name."""
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
     with pipeline:
         encoded, _ = fn.readers.file(files=list(paths))
@@ -103,4 +106,4 @@ def _first_without_header(paths: Sequence[str]) -> str:
             pipeline.run()
         except RuntimeError:
             return path
-    return f"one of {len(paths)} files, {paths[0]} the first"
+    return f"one of {len(paths)} files, of which {paths[0]} is the first"

@@ -106,7 +106,13 @@ def decode_deltas(deltas: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_boxes(
-    boxes_ltrb: Tensor, labels: Tensor, offsets: Tensor, anchors_cxcywh: Tensor, *, iou_threshold: float = 0.5
+    boxes_ltrb: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    anchors_cxcywh: Tensor,
+    *,
+    iou_threshold: float = 0.5,
+    tie_ranks: Tensor | None = None,
 ) -> Targets:
     """Targets of every anchor, from the ground truths of a batch of images.
 
@@ -114,10 +120,12 @@ def encode_boxes(
     labels: [T] int32 or int64, at least 1.
     offsets: [B + 1] int64; the ground truths of image b are rows offsets[b] to offsets[b + 1].
     anchors_cxcywh: [A, 4], converted to the precision of the boxes.
+    tie_ranks: [A] int64, a permutation: the place of every anchor in the order that decides between anchors of equal IoU;
+    left out, that is their index. (Small boxes have many equally good anchors: a tenth of COCO's images has such a tie.)
 
     An anchor belongs to the ground truth that it overlaps best, if their IoU is above iou_threshold (not equal to it).
     Besides, every ground truth takes the anchor that overlaps it best, whatever that anchor belonged to. Among equal
-    IoUs the first ground truth and the first anchor win; if several ground truths have the same best anchor, the last
+    IoUs the first ground truth and the anchor of lowest tie rank win; if several ground truths have the same best anchor, the last
     of them takes it (and the others may end without any). All other anchors are background, and so are all anchors of
     an image without boxes. Deterministic.
 
@@ -129,6 +137,11 @@ def encode_boxes(
     _check(anchors_cxcywh, "anchors_cxcywh", (None, 4), device=boxes_ltrb.device)
     if anchors_cxcywh.shape[0] == 0:
         raise ValueError("anchors_cxcywh has 0 rows: expected at least one anchor")
+    if tie_ranks is None:
+        by_tie_rank = torch.arange(anchors_cxcywh.shape[0], device=boxes_ltrb.device)
+    else:
+        _check(tie_ranks, "tie_ranks", anchors_cxcywh.shape[:1], kind="integer", device=boxes_ltrb.device)
+        by_tie_rank = tie_ranks.argsort()
     anchors = anchors_cxcywh.to(boxes_ltrb.dtype)
     bounds = offsets.tolist()
     batch_size, num_anchors = len(bounds) - 1, anchors.shape[0]
@@ -138,7 +151,8 @@ def encode_boxes(
         if begin == end:
             continue
         boxes = boxes_ltrb[begin:end]
-        owners = _match(iou_matrix(boxes, cxcywh_to_ltrb(anchors)), iou_threshold)  # [A]
+        ious = iou_matrix(boxes, cxcywh_to_ltrb(anchors))  # [G, A]
+        owners = _match(ious, by_tie_rank, iou_threshold)  # [A]
         positive = owners >= 0
         deltas[image, positive] = encode_deltas(boxes[owners[positive]], anchors[positive])
         target_labels[image, positive] = labels[begin:end][owners[positive]].to(torch.int32)
@@ -259,11 +273,14 @@ def _areas(boxes_ltrb: Tensor) -> Tensor:
     return (right - left) * (bottom - top)
 
 
-def _match(ious: Tensor, iou_threshold: float) -> Tensor:
-    """[A] int64, the ground truth of every anchor or -1, from ious [G, A]; the rules of `encode_boxes`."""
+def _match(ious: Tensor, by_tie_rank: Tensor, iou_threshold: float) -> Tensor:
+    """[A] int64, the ground truth of every anchor or -1, by the rules of `encode_boxes`.
+
+    ious: [G, A]. by_tie_rank: [A] int64, the anchors in the order of their tie ranks.
+    """
     best_ious, owners = ious.max(dim=0)
     owners = torch.where(best_ious > iou_threshold, owners, -1)
-    best_anchors = ious.argmax(dim=1)  # [G]
+    best_anchors = by_tie_rank[ious[:, by_tie_rank].argmax(dim=1)]  # [G]; argmax gives the first of equals
     ground_truths = torch.arange(ious.shape[0], device=ious.device)
     forced = torch.full_like(owners, -1).scatter_reduce(0, best_anchors, ground_truths, "amax")
     return torch.where(forced >= 0, forced, owners)

@@ -164,6 +164,8 @@ def score(
     _check_table(detections)
     images = all_images if image_ids is None else np.unique(np.asarray(image_ids, np.int64))
     categories = all_categories if category_ids is None else np.unique(np.asarray(category_ids, np.int64))
+    if len(images) == 0 or len(categories) == 0:
+        raise ValueError("image_ids or category_ids is empty: expected at least one, or None for all")
     for key, ids, known in (
         ("image_ids", images, all_images),
         ("category_ids", categories, all_categories),
@@ -185,6 +187,16 @@ def score(
         per_class={names[id_]: _mean(precision[:, :, k, 0, -1]) for k, id_ in enumerate(categories.tolist())},
         precision_50=precision[0, :, :, 0, -1].copy(),
     )
+
+
+def twelve_numbers(scores: CocoScores) -> dict[str, float]:
+    """COCO's numbers by name, in its order."""
+    return {field: getattr(scores, field) for field, *_ in _NUMBERS}
+
+
+def twelve_numbers(scores: CocoScores) -> dict[str, float]:
+    """COCO's twelve numbers alone, by field."""
+    return {field: getattr(scores, field) for field, *_ in _NUMBERS}
 
 
 def format_scores(scores: CocoScores, *, per_class: bool = False) -> str:

@@ -45,11 +45,25 @@ class CocoSet(NamedTuple):
     annotation_file: where it came from.
     categories: label k (from 1) is categories[k - 1].
     images: pictures and ground truths.
+    num_left_out_images, num_left_out_boxes: what the policies for bad ones left out.
     """
 
     annotation_file: Path
     categories: tuple[Category, ...]
     images: LabelledImages
+    num_left_out_images: int
+    num_left_out_boxes: int
+
+    def describe(self) -> str:
+        """One line on what it holds."""
+        images = self.images
+        left_out = [
+            f"{count} bad {what} left out"
+            for count, what in ((self.num_left_out_images, "pictures"), (self.num_left_out_boxes, "boxes"))
+            if count
+        ]
+        counts = f"{len(images.file_names)} pictures, {len(images.boxes_ltrb)} boxes, {len(self.categories)} classes"
+        return f"{self.annotation_file}: " + "; ".join([counts, *left_out])
 
 
 class _Category(msgspec.Struct):
@@ -106,16 +120,12 @@ def load_coco(
 
     owners, labels, boxes = _ground_truths(instances, image_ids, categories, with_crowds, annotation_file)
     boxes, usable = _clip_boxes(boxes, sizes_hw[owners])
-    _apply_policy(
-        [
-            f"{annotation_file}: image {image_ids[owners[row]]}: box {_box_text(boxes[row])} (left, top, right, bottom) "
-            f"has no area inside its picture of {sizes_hw[owners[row], 1]} x {sizes_hw[owners[row], 0]} pixels"
-            for row in np.flatnonzero(~usable)
-        ],
-        bad_boxes,
-        "boxes",
-        "bad_boxes",
-    )
+    bad_box_texts = [
+        f"{annotation_file}: image {image_ids[owners[row]]}: box {_box_text(boxes[row])} (left, top, right, bottom) has "
+        f"no area inside its picture of {sizes_hw[owners[row], 1]} x {sizes_hw[owners[row], 0]} pixels"
+        for row in np.flatnonzero(~usable)
+    ]
+    _apply_policy(bad_box_texts, bad_boxes, "boxes", "bad_boxes")
 
     file_names = [image.file_name for image in instances.images]
     problems = inspect_pictures([image_dir / name for name in file_names], sizes_hw)
@@ -138,7 +148,13 @@ def load_coco(
         labels=labels[order].astype(np.int32),
         offsets=offsets,
     )
-    return CocoSet(annotation_file=annotation_file, categories=categories, images=images)
+    return CocoSet(
+        annotation_file=annotation_file,
+        categories=categories,
+        images=images,
+        num_left_out_images=int(np.count_nonzero(~keep)),
+        num_left_out_boxes=len(bad_box_texts),
+    )
 
 
 def read_categories(annotation_file: Path) -> tuple[Category, ...]:

@@ -35,8 +35,9 @@ class MetricsWriter:
         self._path = output_dir / "metrics.jsonl"
         _replace_lines(self._path, _lines_until(self._path, resume_step))
         self._file = self._path.open("ab", buffering=0)
+        self._plots_dir = output_dir / "tensorboard"
         self._tensorboard = SummaryWriter(
-            str(output_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
+            str(self._plots_dir), purge_step=0 if resume_step is None else resume_step + 1
         )
 
     def train(
@@ -64,21 +65,19 @@ class MetricsWriter:
             "images_per_second": images_per_second,
         }
         self._append({"kind": "train", "step": step, "epoch": epoch, **figures})
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(_TENSORBOARD_TAGS.get(name, name), value, step)
+        self._plot({_TENSORBOARD_TAGS.get(name, name): value for name, value in figures.items()}, step)
 
     def evaluation(self, step: int, epoch: int, scores: Mapping[str, float]) -> None:
         """Records the scores of an evaluation after `step` steps and `epoch` epochs, under the names they have."""
         figures = {name: float(score) for name, score in scores.items()}
         self._append({"kind": "eval", "step": step, "epoch": epoch, **figures})
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(f"eval/{name}", value, step)
-        self._tensorboard.flush()
+        self._plot({f"eval/{name}": value for name, value in figures.items()}, step)
 
     def close(self) -> None:
         """Ends the history; everything is in its files afterwards."""
         self._file.close()
-        self._tensorboard.close()
+        with _errors_naming(self._plots_dir):
+            self._tensorboard.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         valid = {
@@ -87,6 +86,11 @@ class MetricsWriter:
         }
         with _errors_naming(self._path):
             self._file.write(json.dumps(valid, allow_nan=False).encode() + b"\n")
+
+    def _plot(self, curves: Mapping[str, float], step: int) -> None:
+        with _errors_naming(self._plots_dir):
+            for tag, value in curves.items():
+                self._tensorboard.add_scalar(tag, value, step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -134,4 +138,4 @@ def _errors_naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

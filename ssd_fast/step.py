@@ -26,7 +26,7 @@ class Trainer:
     def train_step(self, batch: TrainBatch, learning_rate: float) -> Loss:
         """Forward, loss, backward and update for one batch; the loss before the update, on the device.
 
-        Does not wait for the device. A step whose gradient is not finite leaves parameters and momentum as they were.
+        Does not wait for the device. A step whose loss or gradient is not finite leaves parameters and momentum as they were.
         """
         set_learning_rate(self.optimizer, learning_rate)
         autocast = self.dtype != torch.float32
@@ -34,7 +34,9 @@ class Trainer:
             predictions = self.model(batch.images if autocast else batch.images.float())
         loss = multibox_loss_mean(predictions, batch.deltas, batch.labels)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss.total).backward()
+        scaled = self.scaler.scale(loss.total)
+        # an infinite loss may have finite gradients: NaN in their place makes the scaler skip the step all the same
+        scaled.backward(torch.where(torch.isfinite(scaled), 1.0, float("nan")))
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)

@@ -3,7 +3,7 @@
 import logging
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -37,11 +37,16 @@ from ssd_fast.weights import load_backbone_weights, load_for_finetuning
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 DETECTIONS = "detections.json"
+MLPERF_TARGET = 0.23  # the mAP that the closed division of MLPerf Training asks of this detector
 
 
 class Outcome(NamedTuple):
-    """How a run ended: the number of the signal that stopped it (0 for none), its best mAP, whether that is its target."""
+    """How a run ended.
+
+    stopped_by: number of the signal that stopped it, 0 for none. best_map: -1 before the first evaluation.
+    """
 
     stopped_by: int
     best_map: float
@@ -52,41 +57,52 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, world: 
     """Trains as a configuration says and leaves everything about the run in a folder.
 
     data_dir: in COCO's layout.
-    output: made if missing. With `resume`, the run in it goes on from its newest readable checkpoint, exactly as if it had
-    not been interrupted; where there is none, it begins.
+    output: made if missing. With `resume`, the run in it goes on from its newest readable checkpoint, exactly as if it
+    had not been interrupted; where there is none, it begins.
     Raises ValueError (configuration, data, checkpoint), FloatingPointError (loss) and OSError.
     """
     world = world or World()
-    if not resume and (output / CHECKPOINTS).exists():
+    if not resume and (output / METRICS).exists():
         raise CheckpointError(f"{output}: holds a run already: expected another --output, or --resume to go on with it")
+    setup_logging(None)
     saved = newest_checkpoint(output / CHECKPOINTS) if resume else None
     if saved and _is_finished(config, saved.steps_per_epoch, saved.step, saved.scores):
         logger.info("%s: this run is finished, at step %d", output, saved.step)
         return _outcome(config, saved.scores, stopped_by=0)
+    train_set, val_set = _load_sets(config, data_dir)
     (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     setup_logging(output / "train.log")
-    write_atomically(output / "config.toml", dump_toml(config).encode())
-    with StopRequest() as stop:
-        run = Run(config, data_dir, output, saved, world)
-        try:
-            return run.train(stop)
-        finally:
-            run.close()
+    with StopRequest() as stop, Run(config, train_set, val_set, output, saved, world) as run:
+        return run.train(stop)
 
 
 class Run:
     """One run in progress."""
 
-    def __init__(self, config: Config, data_dir: Path, output: Path, saved: Checkpoint | None, world: World) -> None:
+    def __init__(
+        self,
+        config: Config,
+        train_set: CocoSet,
+        val_set: CocoSet,
+        output: Path,
+        saved: Checkpoint | None,
+        world: World,
+    ) -> None:
         self.config = config
+        self.train_set = train_set
+        self.val_set = val_set
         self.output = output
         self.world = world
         self.device = world.device()
         self.mlperf = MlperfLog(output if world.is_main else None)
-        self.mlperf.init_start(organization="ssd_fast", platform=_platform(self.device))
-
-        self.train_set, self.val_set = _load_sets(config, data_dir)
-        categories = self.train_set.categories
+        self.mlperf.init_start(
+            organization="ssd_fast",
+            platform=_platform(self.device),
+            division="closed" if config.evaluation.target_map == MLPERF_TARGET else "open",
+        )
+        logger.info("training on %s", train_set.describe())
+        logger.info("validating on %s", val_set.describe())
+        categories = train_set.categories
         if saved and saved.categories != categories:
             raise CheckpointError(f"{output}: its run has other classes: {[item.name for item in saved.categories]}")
 
@@ -98,9 +114,9 @@ class Run:
         self.trainer = Trainer(model, config.optimizer, device=self.device, dtype=dtype)
         anchors_cxcywh = anchors_of(config.model)
         self.train_loader = _make_train_loader(
-            config, self.train_set, cxcywh_to_ltrb(anchors_cxcywh).numpy(), self.device, world, saved
+            config, train_set, cxcywh_to_ltrb(anchors_cxcywh).numpy(), self.device, world, saved
         )
-        self.eval_loader = make_eval_loader(config, self.val_set.images, self.device)
+        self.eval_loader = make_eval_loader(config, val_set.images, self.device)
         self.detector = Detector(
             model, anchors_cxcywh.to(self.device), detection=config.detection, categories=categories, dtype=dtype
         )
@@ -113,6 +129,7 @@ class Run:
         self.scores: dict[int, dict[str, float]] = {}
         if saved:
             self._restore(saved)
+        write_atomically(output / "config.toml", dump_toml(config).encode())
         self.metrics = MetricsWriter(output, resume_step=self.step if saved else None)
         self.progress = Progress(epochs=config.training.epochs)
 
@@ -148,11 +165,13 @@ class Run:
         outcome = _outcome(self.config, self.scores, stop.received)
         self.mlperf.run_stop(success=outcome.reached_target)
         if not stop.received:
-            draw_report(self.output, self.val_set)
+            draw_report(self.output, self.val_set, self.train_set.categories, self.output / DETECTIONS)
         return outcome
 
-    def close(self) -> None:
-        """Ends pipelines and records."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         self.train_loader.close()
         self.eval_loader.close()
         self.metrics.close()
@@ -173,7 +192,7 @@ class Run:
             self.step += 1
             done += 1
             window_steps += 1
-            if self.step % training.log_every_steps == 0 or done == self.steps_per_epoch:
+            if done % training.log_every_steps == 0 or done == self.steps_per_epoch:
                 self._report_window(window_steps, window_start, done, learning_rate)
                 window_start, window_steps = time.perf_counter(), 0
             if stop.received:
@@ -187,7 +206,7 @@ class Run:
         self.mlperf.epoch_stop(epoch)
 
     def _report_window(self, steps: int, start: float, done: int, learning_rate: float) -> None:
-        """Reads the losses of the steps since the last reading and shows them; raises FloatingPointError on too many bad ones."""
+        """Shows the losses of the steps since the last reading; raises FloatingPointError on too many that are not finite."""
         window = self.meter.read()
         images_per_second = steps * self.global_batch_size / (time.perf_counter() - start)
         if window.num_nonfinite:
@@ -198,7 +217,7 @@ class Run:
             if window.longest_nonfinite > self.config.training.max_nonfinite_steps:
                 raise FloatingPointError(
                     f"{what}: {window.longest_nonfinite} in a row, more than training.max_nonfinite_steps = "
-                    f"{self.config.training.max_nonfinite_steps}. Expected a lower learning rate or a longer warm-up to help"
+                    f"{self.config.training.max_nonfinite_steps}; a lower learning rate or a longer warm-up may help"
                 )
             self.progress.warning(f"{what}; those steps were skipped")
         losses = {"loss": window.total, "box_loss": window.box, "class_loss": window.class_}

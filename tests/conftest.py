@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests are small and run side by side; set before torch is imported, and inherited by the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -506,6 +506,7 @@ def test_annotation_files_that_cannot_be_scored_are_refused(
         ([11, 1, 1, 5, 5, 0.5, 1], {}, r"detections\.image_ids: 11 and 0 others: expected ids of"),
         ([10, 1, 1, 5, 5, 0.5, 2], {}, r"detections\.category_ids: 2 and 0 others: expected ids of"),
         ([10, 1, 1, 5, 5, 0.5, 1], {"image_ids": [10, 11, 12]}, "image_ids: 11 and 1 others: expected ids of"),
+        ([10, 1, 1, 5, 5, 0.5, 1], {"image_ids": []}, "image_ids or category_ids is empty"),
         ([10, 1, 1, 5, 5, 0.5, 1], {"category_ids": [0]}, "category_ids: 0 and 0 others: expected ids of"),
         ([10, 1, 1, 5, 5, float("nan"), 1], {}, "score nan: expected finite"),
         ([10, 1, 1, float("inf"), 5, 0.5, 1], {}, "inf.*: expected finite"),

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from ssd_fast.metrics import MetricsWriter, read_metrics
 
@@ -158,7 +160,8 @@ def test_failed_rewrite_leaves_the_earlier_history(tmp_path: Path, monkeypatch: 
 
 
 def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, resume_step=None)
+    with mock.patch("ssd_fast.metrics.SummaryWriter"):  # its thread would meet the full disk at a moment of its own
+        writer = MetricsWriter(tmp_path, resume_step=None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a file may not grow past 100 bytes
     try:
@@ -167,3 +170,12 @@ def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         writer.close()
+
+
+def test_errors_of_tensorboard_name_its_folder(tmp_path: Path) -> None:
+    with (
+        open_writer(tmp_path) as writer,
+        mock.patch.object(SummaryWriter, "add_scalar", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(OSError, match=r"No space.*tensorboard"),
+    ):
+        train(writer, 1)

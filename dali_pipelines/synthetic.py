@@ -1,0 +1,122 @@
+"""The pipelines' batches from fixed tensors: no disk, no decoding, no DALI. For profiling and for tests."""
+
+import json
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+
+from dali_pipelines.batch import EvalBatch, TrainBatch
+
+_POSITIVES_PER_IMAGE = 40  # about what COCO's boxes match among 8,732 anchors
+
+
+class SyntheticTrainLoader:
+    """Gives one batch, made once on the device, again and again; otherwise it behaves as `TrainLoader`.
+
+    Images and the deltas of positive anchors are standard normal; about 40 anchors an image are positive (at most a
+    quarter of them), with labels 1 to num_classes.
+
+    num_anchors: A. num_classes: without background.
+    state: from `state()` of a loader with the same steps_per_epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_anchors: int,
+        num_classes: int,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        steps_per_epoch: int,
+        seed: int,
+        state: bytes | None = None,
+    ) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self._step = 0 if state is None else _step_of(state, steps_per_epoch)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch_size, num_anchors)
+        positive = torch.rand(shape, generator=generator) < min(_POSITIVES_PER_IMAGE / num_anchors, 0.25)
+        labels = torch.randint(1, num_classes + 1, shape, generator=generator, dtype=torch.int32) * positive
+        deltas = torch.randn((*shape, 4), generator=generator) * positive[..., None]
+        self._batch = TrainBatch(
+            images=_random_images(batch_size, image_size, device, generator),
+            deltas=deltas.to(device),
+            labels=labels.to(device),
+        )
+
+    def epoch(self) -> Iterator[TrainBatch]:
+        """The rest of the current epoch, or the whole next one where that is at its end."""
+        for step in range(self._step, self.steps_per_epoch):
+            self._step = (step + 1) % self.steps_per_epoch
+            yield self._batch
+
+    def state(self) -> bytes:
+        """Where the loader stands: after the batch that was given last."""
+        return json.dumps({"step": self._step, "steps per epoch": self.steps_per_epoch}).encode()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class SyntheticEvalLoader:
+    """Iterates over this rank's part of num_images standard normal pictures, as `EvalLoader` does over real ones.
+
+    Every batch holds the same pixels, under image ids that count from 0 over all ranks; all are of image_size pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_images: int,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._image_ids = torch.arange(num_images).tensor_split(world_size)[rank]
+        self._image_size = image_size
+        self._images = _random_images(batch_size, image_size, device, torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        """Number of batches of a pass."""
+        return -(-len(self._image_ids) // len(self._images))
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        if not len(self._image_ids):  # split() of nothing is one empty part
+            return
+        for image_ids in self._image_ids.split(len(self._images)):
+            yield EvalBatch(
+                images=self._images[: len(image_ids)],
+                image_ids=image_ids,
+                sizes_hw=torch.full((len(image_ids), 2), self._image_size, dtype=torch.int32),
+            )
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _random_images(batch_size: int, image_size: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """[B, 3, S, S] channels_last; float32 on the CPU, float16 on a GPU."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pixels = torch.randn((batch_size, image_size, image_size, 3), generator=generator)
+    return pixels.to(device, dtype).permute(0, 3, 1, 2)
+
+
+def _step_of(state: bytes, steps_per_epoch: int) -> int:
+    try:
+        saved = json.loads(state)
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict) or saved.get("steps per epoch") != steps_per_epoch:
+        raise ValueError(f"state of the synthetic input: expected one with steps per epoch = {steps_per_epoch}")
+    return int(saved["step"])

@@ -1,0 +1,435 @@
+"""Pictures for people: detections drawn on photographs, and the curves of a run. Owner of matplotlib.
+
+matplotlib is used without pyplot, so that no state is shared with anything else in the process.
+"""
+
+import colorsys
+import io
+import itertools
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from PIL import Image, ImageDraw, ImageFont
+
+from ssd_fast.checkpoint import write_atomically
+from ssd_fast.metrics import read_metrics
+
+Colour = tuple[int, int, int]
+Area = tuple[int, int, int, int]  # first and last column and row of pixels: left, top, right, bottom
+
+_BLACK: Colour = (0, 0, 0)
+_WHITE: Colour = (255, 255, 255)
+_INK, _GREY, _RED, _BLUE, _ORANGE, _GREEN = "#222222", "#777777", "#d1495b", "#2e6fb0", "#e08e2b", "#2a8f5b"
+_NAMED_CLASSES = 10
+
+
+class GridCell(NamedTuple):
+    """A picture of a grid, with what is on it and what was found.
+
+    image: any size.
+    truth_boxes_ltrb, boxes_ltrb: [G, 4] and [D, 4], pixels of image.
+    truth_labels, labels: G and D class names.
+    scores: [D].
+    caption: a line of text; what is too long is cut.
+    """
+
+    image: Image.Image
+    truth_boxes_ltrb: np.ndarray
+    truth_labels: Sequence[str]
+    boxes_ltrb: np.ndarray
+    labels: Sequence[str]
+    scores: np.ndarray
+    caption: str
+
+
+def draw_detections(
+    image: Image.Image,
+    boxes_ltrb: np.ndarray,
+    labels: Sequence[str],
+    scores: np.ndarray | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    font_size: int | None = None,
+) -> Image.Image:
+    """An RGB copy of a picture with boxes, class names and scores on it.
+
+    boxes_ltrb: [D, 4], pixels, finite; parts outside the picture are cut off, boxes wholly outside are left out.
+    labels: D class names. scores: [D], drawn best on top; left out, the first is on top.
+    class_names: all classes; those named get colours far apart, others one that follows from the name alone.
+    font_size: pixels; left out, it follows from the picture's size, as the width of the lines does.
+    """
+    canvas = image.convert("RGB")
+    if canvas is image:
+        canvas = image.copy()
+    boxes = _checked_boxes(boxes_ltrb, labels)
+    if scores is not None and np.shape(scores) != (len(boxes),):
+        raise ValueError(f"scores has shape {np.shape(scores)}: expected ({len(boxes)},), one per box")
+    scale = (canvas.width * canvas.height) ** 0.5
+    line_width = max(1, round(scale / 180))
+    font = _font(font_size or max(10, round(scale / 36)))
+    draw = ImageDraw.Draw(canvas)
+
+    order = range(len(boxes)) if scores is None else np.argsort(-np.asarray(scores), kind="stable").tolist()
+    drawn = [(row, pixels) for row in order if (pixels := _visible_pixels(boxes[row], canvas.size)) is not None]
+    for row, pixels in reversed(drawn):
+        _draw_outline(draw, pixels, _colour_of(labels[row], class_names), line_width)
+    placed: list[tuple[Area, str, Colour]] = []
+    for row, pixels in drawn:
+        text = labels[row] if scores is None else f"{labels[row]} {scores[row]:.2f}"
+        text, size = _fitting_text(text, font, canvas.size)
+        area = _place_label(pixels, size, canvas.size, [area for area, _, _ in placed]) if text else None
+        if area is not None:
+            placed.append((area, text, _colour_of(labels[row], class_names)))
+    for area, text, colour in reversed(placed):
+        _draw_label(draw, area, text, colour, font)
+    return canvas
+
+
+def draw_grid(
+    cells: Sequence[GridCell],
+    path: Path,
+    *,
+    columns: int = 4,
+    cell_size: tuple[int, int] = (400, 300),
+    class_names: Sequence[str] = (),
+) -> None:
+    """Writes pictures side by side: what was found as lines in the colour of its class, ground truths as dashed ones.
+
+    cells: at least one. path: PNG, or JPEG (a sixth of the size) where it ends so.
+    cell_size: width and height in pixels that each picture is scaled to fit.
+    class_names: as for draw_detections.
+    """
+    if not cells:
+        raise ValueError("cells is empty: expected at least one picture")
+    gap, font = 12, _font(13)
+    line = sum(font.getmetrics())
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    width, height = cell_size
+    sheet = Image.new(
+        "RGB", (gap + columns * (width + gap), gap + line + gap + rows * (height + 4 + line + gap)), _WHITE
+    )
+    draw = ImageDraw.Draw(sheet)
+    _draw_grid_key(draw, (gap, gap), font)
+    for n, cell in enumerate(cells):
+        left, top = gap + n % columns * (width + gap), gap + line + gap + n // columns * (height + 4 + line + gap)
+        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=(240, 240, 240))
+        picture = _draw_cell(cell, cell_size, class_names)
+        sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
+        caption = _shortened(cell.caption, font, width)
+        draw.text((left + width // 2, top + height + 4), caption, fill=(60, 60, 60), font=font, anchor="ma")
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=90)
+    _write(path, buffer.getvalue())
+
+
+def plot_curves(metrics_file: Path, output: Path) -> None:
+    """Writes a PNG of a run's loss, learning rate and accuracy over its steps.
+
+    metrics_file: metrics.jsonl of ssd_fast.metrics; records may be few, or missing altogether.
+    """
+    _save_figure(_curves_figure(read_metrics(metrics_file), source=str(metrics_file)), output)
+
+
+def plot_precision_recall(precision_50: np.ndarray, class_names: Sequence[str], output: Path) -> None:
+    """Writes a PNG of precision over recall at IoU 0.50, of each class and of their mean.
+
+    precision_50: [101, K], at recall 0, 0.01 ... 1; -1 for a class without ground truth (CocoScores.precision_50).
+    class_names: K names.
+    """
+    _save_figure(_precision_recall_figure(precision_50, class_names), output)
+
+
+def _checked_boxes(boxes_ltrb: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    boxes = np.asarray(boxes_ltrb, np.float64)
+    if boxes.shape != (len(labels), 4):
+        raise ValueError(f"boxes_ltrb has shape {boxes.shape}: expected ({len(labels)}, 4), one row per label")
+    if not np.isfinite(boxes).all():
+        raise ValueError("boxes_ltrb holds numbers that are not finite")
+    return boxes
+
+
+def _visible_pixels(box_ltrb: np.ndarray, size: tuple[int, int]) -> Area | None:
+    """First and last column and row (left, top, right, bottom) of a box inside a picture, or None."""
+    width, height = size
+    left, top, right, bottom = (float(side) for side in box_ltrb)
+    if right < left or bottom < top or left >= width or top >= height or right <= 0 or bottom <= 0:
+        return None
+    left, top = min(max(round(left), 0), width - 1), min(max(round(top), 0), height - 1)
+    return left, top, max(min(round(right), width) - 1, left), max(min(round(bottom), height) - 1, top)
+
+
+def _draw_outline(draw: ImageDraw.ImageDraw, pixels: Area, colour: Colour, width: int) -> None:
+    """A line along the inside of the box, with a thin dark one inside it where there is room."""
+    left, top, right, bottom = pixels
+    draw.rectangle(pixels, outline=colour, width=width)
+    if width > 1 and min(right - left, bottom - top) > 6 * width:
+        draw.rectangle((left + width, top + width, right - width, bottom - width), outline=_BLACK)
+
+
+def _place_label(box: Area, size: tuple[int, int], canvas: tuple[int, int], taken: Sequence[Area]) -> Area | None:
+    """Where a label covers the least of other labels: over, in or under its box, wholly inside the picture.
+
+    None where it would hide a third of its own size of them: in a crowd, fewer labels tell more.
+    """
+    left, top, right, bottom = box
+    width, height = size
+    places = []
+    for x, y in itertools.product((left, right - width + 1), (top - height, top, bottom + 1, bottom - height + 1)):
+        x, y = min(max(x, 0), canvas[0] - width), min(max(y, 0), canvas[1] - height)
+        hidden = sum(_overlap((x, y, x + width - 1, y + height - 1), other) for other in taken)
+        places.append((hidden, (x, y, x + width - 1, y + height - 1)))
+    hidden, place = min(places, key=lambda item: item[0])
+    return None if 3 * hidden > width * height else place
+
+
+def _overlap(one: Area, other: Area) -> int:
+    width = min(one[2], other[2]) - max(one[0], other[0]) + 1
+    height = min(one[3], other[3]) - max(one[1], other[1]) + 1
+    return max(width, 0) * max(height, 0)
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, area: Area, text: str, colour: Colour, font: ImageFont.FreeTypeFont) -> None:
+    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    draw.rectangle(area, fill=colour)
+    draw.text((area[0] + _padding(font), area[1]), text, fill=_BLACK if luminance > 110 else _WHITE, font=font)
+
+
+def _padding(font: ImageFont.FreeTypeFont) -> int:
+    return max(1, round(font.size / 5))
+
+
+def _fitting_text(text: str, font: ImageFont.FreeTypeFont, canvas: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+    """The text, cut to the picture's width, and the size of its label; empty where not even a line fits."""
+    height = sum(font.getmetrics())
+    if height > canvas[1]:
+        return "", (0, 0)
+    text = _shortened(text, font, canvas[0] - 2 * _padding(font))
+    return text, (int(np.ceil(font.getlength(text))) + 2 * _padding(font), height)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text and text + "…"
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own sans serif: it has more alphabets than Pillow's."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+
+
+def _colour_of(name: str, class_names: Sequence[str]) -> Colour:
+    """Hues a golden section apart, so that any number of first classes are told apart well."""
+    index = class_names.index(name) if name in class_names else zlib.crc32(name.encode())
+    hue = (0.33 + index * 0.618034) % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.6, 1.0)[index % 3], (1.0, 1.0, 0.8)[index % 3])
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _draw_cell(cell: GridCell, cell_size: tuple[int, int], class_names: Sequence[str]) -> Image.Image:
+    factor = min(cell_size[0] / cell.image.width, cell_size[1] / cell.image.height)
+    size = max(1, round(cell.image.width * factor)), max(1, round(cell.image.height * factor))
+    picture = cell.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(picture)
+    for box, label in zip(
+        _checked_boxes(cell.truth_boxes_ltrb, cell.truth_labels) * factor, cell.truth_labels, strict=True
+    ):
+        pixels = _visible_pixels(box, size)
+        if pixels is not None:
+            _draw_dashes(draw, pixels, _colour_of(label, class_names))
+    boxes_ltrb = _checked_boxes(cell.boxes_ltrb, cell.labels) * factor
+    return draw_detections(picture, boxes_ltrb, cell.labels, cell.scores, class_names=class_names, font_size=11)
+
+
+def _draw_dashes(draw: ImageDraw.ImageDraw, pixels: Area, colour: Colour) -> None:
+    """A rectangle of white and coloured dashes, visible on any ground."""
+    left, top, right, bottom = pixels
+    draw.rectangle(pixels, outline=_WHITE, width=2)
+    for start in range(left, right + 1, 10):
+        for y in (top, max(bottom - 1, top)):
+            draw.rectangle((start, y, min(start + 4, right), min(y + 1, bottom)), fill=colour)
+    for start in range(top, bottom + 1, 10):
+        for x in (left, max(right - 1, left)):
+            draw.rectangle((x, start, min(x + 1, right), min(start + 4, bottom)), fill=colour)
+
+
+def _draw_grid_key(draw: ImageDraw.ImageDraw, at: tuple[int, int], font: ImageFont.FreeTypeFont) -> None:
+    x, y = at
+    height = sum(font.getmetrics())
+    colour = _colour_of("", ("",))
+    truth_text = "ground truth, in the colour of its class"
+    _draw_dashes(draw, (x, y + 2, x + 30, y + height - 2), colour)
+    draw.text((x + 38, y), truth_text, fill=_BLACK, font=font)
+    x += 38 + round(font.getlength(truth_text)) + 30
+    draw.rectangle((x, y + 2, x + 30, y + height - 2), outline=colour, width=2)
+    draw.text((x + 38, y), "detection, with its class and score", fill=_BLACK, font=font)
+
+
+def _curves_figure(records: Sequence[Mapping[str, Any]], *, source: str) -> Figure:
+    """Three panels above each other: loss, learning rate, accuracy. source is named in errors."""
+    train = _columns(records, "train", ("epoch", "loss", "box_loss", "class_loss", "learning_rate"), source)
+    evaluation = _columns(records, "eval", ("map", "map_50"), source)
+    figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
+    loss_axes, rate_axes, accuracy_axes = panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.6, 2.4))
+
+    for name, label, colour in (("loss", "total", _INK), ("class_loss", "class", _RED), ("box_loss", "box", _BLUE)):
+        smooth = _smoothed(train[name])
+        loss_axes.plot(train["step"], train[name], color=colour, alpha=0.25, linewidth=1)
+        loss_axes.plot(train["step"], smooth, color=colour, linewidth=1.8, marker=_marker(smooth), label=label)
+    _set_limits(loss_axes, _smoothed(train["loss"]))
+    rate = train["learning_rate"]
+    rate_axes.plot(train["step"], rate, color=_INK, linewidth=1.8, marker=_marker(rate))
+    _set_limits(rate_axes, rate)
+    for name, label, colour in (("map_50", "AP at IoU 0.50", _ORANGE), ("map", "mAP (IoU 0.50 to 0.95)", _GREEN)):
+        values = np.where(evaluation[name] < 0, np.nan, evaluation[name])
+        best = f", best {np.nanmax(values):.3f}" if np.isfinite(values).any() else ""
+        accuracy_axes.plot(evaluation["step"], values, color=colour, linewidth=1.8, marker="o", label=label + best)
+    _set_limits(accuracy_axes, evaluation["map_50"])
+
+    for axes, columns, title, unit in (
+        (loss_axes, train, "Loss (thin: as measured; thick: smoothed)", "loss, mean per picture"),
+        (rate_axes, train, "Learning rate", "learning rate"),
+        (accuracy_axes, evaluation, "Accuracy on the validation pictures", "average precision, 0 to 1"),
+    ):
+        _style(axes, title=title, ylabel=unit)
+        if len(columns["step"]) == 0:
+            axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", color=_GREY)
+        elif axes is not rate_axes:
+            axes.legend(frameon=False, ncols=3, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    accuracy_axes.set_xlabel("step")
+    accuracy_axes.set_xlim(0, 1.01 * max([1, *train["step"], *evaluation["step"]]))
+    accuracy_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    accuracy_axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _mark_epochs(panels, train)
+    return figure
+
+
+def _columns(
+    records: Sequence[Mapping[str, Any]], kind: str, keys: Sequence[str], source: str
+) -> dict[str, np.ndarray]:
+    """The records of a kind by column, float64, a row per step (the last record of it); missing figures are nan."""
+    by_step = {record["step"]: record for record in records if record.get("kind") == kind}
+    steps = sorted(by_step)
+    columns = {"step": np.array(steps, np.float64)}
+    for key in keys:
+        values = [by_step[step].get(key) for step in steps]
+        for step, value in zip(steps, values, strict=True):
+            if not isinstance(value, int | float | None):
+                raise ValueError(f"{source}: step {step}: {key} = {value!r}: expected a number")
+        columns[key] = np.array([np.nan if value is None else value for value in values], np.float64)
+    return columns
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a fortieth of all values around each, of those that are finite."""
+    if len(values) == 0:
+        return values
+    window = np.ones(2 * (len(values) // 80) + 1)
+    finite = np.isfinite(values)
+    counts = np.convolve(finite, window, mode="same")
+    sums = np.convolve(np.where(finite, values, 0), window, mode="same")
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _marker(values: np.ndarray) -> str:
+    """A line through a single point is not seen without a marker."""
+    return "o" if np.isfinite(values).sum() == 1 else ""
+
+
+def _set_limits(axes: Axes, values: np.ndarray) -> None:
+    """The axis from 0 to just above the values; single outliers of the unsmoothed ones may leave it."""
+    finite = values[np.isfinite(values)]
+    axes.set_ylim(0, 1.1 * float(finite.max()) if len(finite) and finite.max() > 0 else 1)
+
+
+def _style(axes: Axes, *, title: str, ylabel: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_ylabel(ylabel, color=_INK)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _mark_epochs(panels: Sequence[Axes], train: Mapping[str, np.ndarray]) -> None:
+    """Faint upright lines at the ends of epochs, about ten at most, with their numbers under the last panel."""
+    known = np.isfinite(train["epoch"])
+    epochs, steps = train["epoch"][known], train["step"][known]
+    last = int(max(epochs, default=0))
+    if last == 0:
+        return
+    stride = next(factor * 10**power for power in range(9) for factor in (1, 2, 5) if last <= 10 * factor * 10**power)
+    marks = np.arange(stride, last + 1, stride)
+    places = np.interp(marks, [0, *epochs], [0, *steps])
+    for axes in panels:
+        for place in places:
+            axes.axvline(place, color="#d8d8d8", linewidth=0.8, linestyle=":", zorder=0)
+    axis = panels[-1].secondary_xaxis(-0.26)
+    axis.set_xticks(places, [f"{mark}" for mark in marks])
+    axis.tick_params(length=0)
+    axis.spines["bottom"].set_visible(False)
+    axis.set_xlabel("end of epoch")
+
+
+def _precision_recall_figure(precision_50: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Classes as thin lines, those named that are few or the best and worst five, and their mean as a thick one."""
+    if precision_50.shape != (101, len(class_names)):
+        raise ValueError(f"precision_50 has shape {precision_50.shape}: expected (101, {len(class_names)})")
+    recall = np.linspace(0, 1, 101)
+    with_truth = np.flatnonzero((precision_50 > -1).all(axis=0))
+    ap = precision_50.mean(axis=0)
+    order = with_truth[np.argsort(-ap[with_truth], kind="stable")].tolist()
+    half = _NAMED_CLASSES // 2
+    named = order if len(order) <= _NAMED_CLASSES else order[:half] + order[-half:]
+
+    figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    handles, texts = [], []
+    for k in order:
+        if k not in named:
+            (other,) = axes.plot(recall, precision_50[:, k], color="#cfcfcf", linewidth=0.7, zorder=1)
+    colours = matplotlib.color_sequences["tab10"]
+    for n, k in enumerate(named):
+        handles += axes.plot(recall, precision_50[:, k], color=colours[n], linewidth=1.3, zorder=2)
+        texts.append(f"{class_names[k]}  {ap[k]:.3f}")
+    if len(named) < len(order):
+        handles.insert(half, other)
+        texts.insert(half, f"{len(order) - len(named)} classes between")
+    if order:
+        mean = precision_50[:, order].mean(axis=1)
+        handles[:0] = axes.plot(recall, mean, color="black", linewidth=3, zorder=3)
+        texts[:0] = [f"mean of {len(order)}  {mean.mean():.3f}"]
+        texts = [text.replace("$", r"\$") for text in texts]
+        figure.legend(handles, texts, title="class, AP at IoU 0.50", frameon=False, loc="outside right upper")
+    else:
+        axes.text(0.5, 0.5, "no class has ground truth", ha="center", color=_GREY)
+    _style(axes, title="Precision over recall at IoU 0.50", ylabel="precision (share of detections that are right)")
+    axes.set_xlabel("recall (share of objects that are found)")
+    axes.set_xlim(0, 1.005)
+    axes.set_ylim(0, 1.02)
+    return figure
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise OSError(error.errno, f"picture not written: {error.strerror}", str(path)) from None
