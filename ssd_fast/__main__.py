@@ -151,6 +151,8 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if "--traceback" in sys.argv[1:2]:
             raise
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            sys.exit(f"error: {error.filename}: {error.strerror}")
         sys.exit(f"error: {error}")
 
 

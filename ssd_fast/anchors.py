@@ -65,8 +65,8 @@ def model_anchors(config: ModelConfig) -> Tensor:
 def reference_order(*, grid_sizes: Sequence[int], anchors_per_cell: Sequence[int]) -> Tensor:
     """Where our anchors are in the order of the MLPerf reference: level, shape, row, column.
 
-    Returns [A] int64, a permutation p: rows theirs[p] are in our order, rows ours[p.argsort()] are in theirs. As tie_ranks
-    of `kernels.encode_boxes` it makes ties fall as they do in the reference.
+    Returns [A] int64, a permutation p: rows theirs[p] are in our order, rows ours[p.argsort()] are in theirs. Given as
+    tie_ranks to `kernels.encode_boxes`, it lets ties fall as they do in the reference.
     """
     order, first = [], 0
     for grid_size, num_shapes in zip(grid_sizes, anchors_per_cell, strict=True):

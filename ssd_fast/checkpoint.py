@@ -2,10 +2,8 @@
 
 import io
 import logging
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ import torch
 
 from ssd_fast.config import Config, ConfigError, validate_config
 from ssd_fast.dataset import Category
+from ssd_fast.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint under a temporary name and renames it: the file is whole or is not there.
 
-    Raises CheckpointError when the disk is full or the folder cannot be written to; an older file stays as it was.
+    Raises OSError that names the file when the disk is full or the folder cannot be written to; an older file stays.
     """
     values = checkpoint._asdict() | {
         "format": FORMAT,
@@ -59,26 +58,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     buffer = io.BytesIO()  # torch.save straight to a full disk fails with an error that does not say so
     torch.save(values, buffer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getbuffer())
-    except OSError as error:
-        raise CheckpointError(f"{path}: checkpoint not written: {error.strerror}") from None
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replaces a file by new content, durably; on an error the old file stays and nothing else is left."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -115,7 +96,8 @@ def read_tensors(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: damaged, or not a file of tensors: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: damaged, or not a file of tensors: {reason or type(error).__name__}") from None
 
 
 def numbered_path(folder: Path, step: int) -> Path:

@@ -20,8 +20,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ssd_fast.checkpoint import write_atomically
 from ssd_fast.dataset import DataError
+from ssd_fast.files import write_atomically
 
 T = TypeVar("T")
 
@@ -190,11 +190,6 @@ def score(
 
 
 def twelve_numbers(scores: CocoScores) -> dict[str, float]:
-    """COCO's numbers by name, in its order."""
-    return {field: getattr(scores, field) for field, *_ in _NUMBERS}
-
-
-def twelve_numbers(scores: CocoScores) -> dict[str, float]:
     """COCO's twelve numbers alone, by field."""
     return {field: getattr(scores, field) for field, *_ in _NUMBERS}
 
@@ -228,10 +223,7 @@ def write_results(detections: DetectionTable, path: Path) -> None:
         strict=True,
     )
     data = msgspec.json.encode([_Result(image, category, box, score_) for image, category, box, score_ in rows])
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise OSError(error.errno, f"detections not written: {error.strerror}", str(path)) from None
+    write_atomically(path, data)
 
 
 def read_results(path: Path) -> DetectionTable:

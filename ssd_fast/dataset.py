@@ -121,8 +121,8 @@ def load_coco(
     owners, labels, boxes = _ground_truths(instances, image_ids, categories, with_crowds, annotation_file)
     boxes, usable = _clip_boxes(boxes, sizes_hw[owners])
     bad_box_texts = [
-        f"{annotation_file}: image {image_ids[owners[row]]}: box {_box_text(boxes[row])} (left, top, right, bottom) has "
-        f"no area inside its picture of {sizes_hw[owners[row], 1]} x {sizes_hw[owners[row], 0]} pixels"
+        f"{annotation_file}: image {image_ids[owners[row]]}: box {_box_text(boxes[row])} (left, top, right, bottom) "
+        f"has no area inside its picture of {sizes_hw[owners[row], 1]} x {sizes_hw[owners[row], 0]} pixels"
         for row in np.flatnonzero(~usable)
     ]
     _apply_policy(bad_box_texts, bad_boxes, "boxes", "bad_boxes")

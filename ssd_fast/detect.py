@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 
 from dali_pipelines.batch import LabelledImages
-from ssd_fast.checkpoint import write_atomically
 from ssd_fast.config import Config
+from ssd_fast.files import write_atomically
 from ssd_fast.inference import Detector, make_eval_loader
 from ssd_fast.progress import track
 from ssd_fast.visualize import draw_detections
@@ -30,8 +30,8 @@ def detect_pictures(
 ) -> None:
     """Writes an annotated copy of every picture to a folder, and all detections to detections.json in it.
 
-    The JSON is a list with an object per picture: file, annotated (its copy), width, height (pixels, after EXIF rotation)
-    and detections, best first: category_id, category, score, bbox [x, y, width, height] in pixels.
+    The JSON is a list with an object per picture: file, annotated (its copy), width and height (pixels, after EXIF
+    rotation) and detections, best first: category_id, category, score, bbox [x, y, width, height] in pixels.
 
     pictures: as find_pictures gives them.
     drawn_score: detections under this probability are in the JSON only.
@@ -64,17 +64,25 @@ def detect_pictures(
             boxes_ltrb=np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1),
             labels=[names[category_id] for category_id in table.category_ids[drawn].tolist()],
             scores=table.scores[drawn],
+            class_names=list(names.values()),
         )
     write_atomically(output / RESULTS, json.dumps(results, indent=1).encode())
 
 
 def _write_annotated(
-    source: Path, target: Path, *, boxes_ltrb: np.ndarray, labels: Sequence[str], scores: np.ndarray
+    source: Path,
+    target: Path,
+    *,
+    boxes_ltrb: np.ndarray,
+    labels: Sequence[str],
+    scores: np.ndarray,
+    class_names: Sequence[str],
 ) -> None:
     with Image.open(source) as picture:
         upright = ImageOps.exif_transpose(picture).convert("RGB")
     buffer = io.BytesIO()
-    draw_detections(upright, boxes_ltrb, labels, scores).save(buffer, format="JPEG", quality=90)
+    drawn = draw_detections(upright, boxes_ltrb, labels, scores, class_names=class_names)
+    drawn.save(buffer, format="JPEG", quality=90)
     write_atomically(target, buffer.getvalue())
 
 

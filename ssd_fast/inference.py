@@ -1,8 +1,8 @@
 """From pictures to detections: one picture's worth, a whole data set's, or a folder's."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,7 +157,7 @@ def load_detector(
     overrides: Sequence[str] = (),
     categories: tuple[Category, ...] | None = None,
 ) -> tuple[Detector, Config]:
-    """A detector from a checkpoint of this program, or from weights in the layout of the MLPerf reference, and its recipe.
+    """A detector, from a checkpoint of this program or from weights of the MLPerf reference, and its recipe.
 
     config: left out, the checkpoint's own, with overrides ("section.key=value" each).
     categories: class names for the reference's weights, which hold neither these nor a recipe.

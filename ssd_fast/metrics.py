@@ -3,13 +3,14 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from ssd_fast.files import write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class MetricsWriter:
         Raises OSError naming the file where it cannot be written.
         """
         self._path = output_dir / "metrics.jsonl"
-        _replace_lines(self._path, _lines_until(self._path, resume_step))
+        write_atomically(self._path, "".join(line + "\n" for line in _lines_until(self._path, resume_step)).encode())
         self._file = self._path.open("ab", buffering=0)
         self._plots_dir = output_dir / "tensorboard"
         self._tensorboard = SummaryWriter(
@@ -116,20 +117,6 @@ def _lines_until(path: Path, step: int | None) -> list[str]:
     if step is None or not path.exists():
         return []
     return [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
-
-
-def _replace_lines(path: Path, lines: list[str]) -> None:
-    """Rewrites a file so that a reader, or a crash, sees either the old lines or the new ones."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _errors_naming(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

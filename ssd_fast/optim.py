@@ -9,8 +9,8 @@ from ssd_fast.config import OptimizerConfig
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
     """Fused SGD with momentum over the parameters of a model, as one or two groups (with and without weight decay).
 
-    Momentum starts as zeros instead of being made by the first step, which gives the same weights: torch's fused SGD leaves
-    that buffer uninitialised when a gradient scaler skips the first step.
+    Momentum starts as zeros instead of being made by the first step, which gives the same weights: torch's fused SGD
+    leaves that buffer uninitialised when a gradient scaler skips the first step.
     """
     decayed, not_decayed = [], []
     for parameter in model.parameters():
@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """The gradient scaler of a precision: a growing loss scale for float16; for others a constant 1 that only skips steps."""
+    """The gradient scaler of a precision: a loss scale for float16; for others a constant 1, which only skips steps."""
     return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
 
 

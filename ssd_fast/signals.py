@@ -5,7 +5,7 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """As a context manager, takes the first SIGINT or SIGTERM as a wish to stop at the next step; a second acts as usual.
+    """As a context manager, takes the first SIGINT or SIGTERM as a wish to stop; a second acts as usual.
 
     received: number of the signal that came, 0 before.
     """

@@ -15,33 +15,40 @@ class Trainer:
     """A network and its optimizer, and the step that trains them."""
 
     def __init__(self, model: SSD, config: OptimizerConfig, *, device: torch.device, dtype: torch.dtype) -> None:
-        """dtype: what the network computes in, under autocast unless it is float32; parameters stay float32."""
+        """dtype: what the network computes in, under autocast unless it is float32; parameters stay float32.
+
+        The attribute running_statistics, [N] float32, holds BatchNorm's means and variances; the model has views of it.
+        """
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.device = device
         self.dtype = dtype
         self.clip_norm = config.clip_norm
+        self.running_statistics = _share_storage(self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(device, dtype)
 
     def train_step(self, batch: TrainBatch, learning_rate: float) -> Loss:
         """Forward, loss, backward and update for one batch; the loss before the update, on the device.
 
-        Does not wait for the device. A step whose loss or gradient is not finite leaves parameters and momentum as they were.
+        Does not wait for the device. A step whose loss or gradient is not finite leaves parameters and momentum as they
+        were, and one whose loss is not finite BatchNorm's statistics too.
         """
+        statistics = self.running_statistics.clone()
         set_learning_rate(self.optimizer, learning_rate)
         autocast = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
             predictions = self.model(batch.images if autocast else batch.images.float())
         loss = multibox_loss_mean(predictions, batch.deltas, batch.labels)
         self.optimizer.zero_grad()
-        scaled = self.scaler.scale(loss.total)
+        finite = torch.isfinite(loss.total)
         # an infinite loss may have finite gradients: NaN in their place makes the scaler skip the step all the same
-        scaled.backward(torch.where(torch.isfinite(scaled), 1.0, float("nan")))
+        self.scaler.scale(loss.total).backward(torch.where(finite, 1.0, float("nan")))
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.dtype == torch.float16 else 1.0)
+        self.running_statistics.copy_(torch.where(finite, self.running_statistics, statistics))
         return Loss(*(part.detach() for part in loss))
 
 
@@ -86,3 +93,12 @@ class LossMeter:
         self._num_finite, self._num_nonfinite = torch.zeros_like(counts[:2]).unbind()
         divisor = num_finite or float("nan")
         return LossWindow(total / divisor, box / divisor, class_ / divisor, *map(int, nonfinite))
+
+
+def _share_storage(model: SSD) -> torch.Tensor:
+    """One tensor [N] that all running statistics of the model become views of: saved or restored in one operation."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    for buffer, view in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.data = view
+    return flat

@@ -18,17 +18,17 @@ from ssd_fast.checkpoint import (
     numbered_path,
     prune_checkpoints,
     save_checkpoint,
-    write_atomically,
 )
 from ssd_fast.coco_eval import twelve_numbers, write_results
 from ssd_fast.config import Config, dump_toml
 from ssd_fast.dataset import CocoSet, DataError, load_coco
 from ssd_fast.distributed import World, usable_cores
+from ssd_fast.files import write_atomically
 from ssd_fast.inference import Detector, anchors_of, compute_dtype, make_eval_loader
 from ssd_fast.metrics import MetricsWriter
 from ssd_fast.mlperf_log import MlperfLog
 from ssd_fast.model import SSD
-from ssd_fast.progress import Progress, setup_logging, track
+from ssd_fast.progress import Progress, setup_logging
 from ssd_fast.report import draw_report
 from ssd_fast.signals import StopRequest
 from ssd_fast.step import LossMeter, Trainer
@@ -206,7 +206,7 @@ class Run:
         self.mlperf.epoch_stop(epoch)
 
     def _report_window(self, steps: int, start: float, done: int, learning_rate: float) -> None:
-        """Shows the losses of the steps since the last reading; raises FloatingPointError on too many that are not finite."""
+        """Shows the losses since the last reading; raises FloatingPointError when too many are not finite."""
         window = self.meter.read()
         images_per_second = steps * self.global_batch_size / (time.perf_counter() - start)
         if window.num_nonfinite:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from ssd_fast.checkpoint import write_atomically
+from ssd_fast.files import write_atomically
 from ssd_fast.metrics import read_metrics
 
 Colour = tuple[int, int, int]
@@ -67,8 +67,6 @@ def draw_detections(
     font_size: pixels; left out, it follows from the picture's size, as the width of the lines does.
     """
     canvas = image.convert("RGB")
-    if canvas is image:
-        canvas = image.copy()
     boxes = _checked_boxes(boxes_ltrb, labels)
     if scores is not None and np.shape(scores) != (len(boxes),):
         raise ValueError(f"scores has shape {np.shape(scores)}: expected ({len(boxes)},), one per box")
@@ -128,7 +126,7 @@ def draw_grid(
         draw.text((left + width // 2, top + height + 4), caption, fill=(60, 60, 60), font=font, anchor="ma")
     buffer = io.BytesIO()
     sheet.save(buffer, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=90)
-    _write(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def plot_curves(metrics_file: Path, output: Path) -> None:
@@ -217,6 +215,7 @@ def _fitting_text(text: str, font: ImageFont.FreeTypeFont, canvas: tuple[int, in
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    text = " ".join(text.split())  # a line break cannot be measured
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -425,11 +424,4 @@ def _precision_recall_figure(precision_50: np.ndarray, class_names: Sequence[str
 def _save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    _write(path, buffer.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise OSError(error.errno, f"picture not written: {error.strerror}", str(path)) from None
+    write_atomically(path, buffer.getvalue())

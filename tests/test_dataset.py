@@ -103,7 +103,9 @@ def test_missing_and_malformed_annotation_files_are_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "bbox", [[10, 10, 0, 5], [10, 10, 5, -1], [100, 10, 5, 5], [10, 10, 0.01, 5]], ids=["flat", "negative", "outside", "thin"]
+    "bbox",
+    [[10, 10, 0, 5], [10, 10, 5, -1], [100, 10, 5, 5], [10, 10, 0.01, 5]],
+    ids=["flat", "negative", "outside", "thin"],
 )
 def test_boxes_without_area_end_the_run_or_are_left_out_with_a_count(
     tmp_path: Path, bbox: list[float], caplog: pytest.LogCaptureFixture
@@ -221,7 +223,10 @@ def test_paths_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:
 
 def test_real_photographs_load_completely(coco_ccby: Path) -> None:
     coco_set = load_coco(
-        coco_ccby / "annotations" / "instances_val2017.json", coco_ccby / "val2017", bad_boxes="error", bad_images="error"
+        coco_ccby / "annotations" / "instances_val2017.json",
+        coco_ccby / "val2017",
+        bad_boxes="error",
+        bad_images="error",
     )
     assert len(coco_set.categories) == 80
     assert len(coco_set.images.file_names) == 64

@@ -23,7 +23,7 @@ TINY = (
     "evaluation.epochs=[1]",
     "evaluation.batch_size=8",
 )
-"""Overrides of configs/demo.toml: 8 steps an epoch on the synthetic set of 64 training pictures (fewer without empty ones)."""
+"""Overrides of configs/demo.toml: 8 steps an epoch on the 64 training pictures of the synthetic set."""
 
 
 def tiny_config(overrides: Sequence[str] = ()) -> Config:
