@@ -75,7 +75,7 @@ def run(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple
         outputs = pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
     except RuntimeError as error:
         message = str(error)
-        if "fn.readers." not in message and "fn.decoders." not in message:
+        if not re.search(r"operator `nvidia\.dali\.fn\.(readers|decoders)\.", message):
             raise
         raise PictureError(_explain(message, paths)) from None
     return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)

@@ -16,7 +16,7 @@ from dali_pipelines.batch import LabelledImages, TrainBatch
 from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
 
 # With "no crop" among seven options one picture in 10^66 needs more; without it some boxes may allow no crop at all.
-_MAX_CROPS_TRIED = 1000
+_MAX_OPTIONS_DRAWN = 1000
 
 
 class Augmentation(NamedTuple):
@@ -26,7 +26,8 @@ class Augmentation(NamedTuple):
     crop_allow_none: whether "no crop" is one more option, as likely to be drawn as each of crop_min_ious.
     crop_sides: range of the crop's width and height, fractions of the picture's.
     crop_aspect: range of the crop's width / height, both as fractions.
-    crop_attempts: crops tried for an option before one is drawn again.
+    crop_attempts: crops tried for an option before one is drawn again. If 1000 draws fail (only without "no crop"),
+        the best crop found is taken; it may hold no box.
     brightness, contrast, saturation: ranges of the factors.
     hue_degrees: largest rotation of the hue, either way.
     flip_probability: chance of a horizontal flip.
@@ -183,7 +184,7 @@ def _augmented(
         scaling=list(sides),
         aspect_ratio=list(aspect),
         num_attempts=augmentation.crop_attempts,
-        total_num_attempts=_MAX_CROPS_TRIED,
+        total_num_attempts=_MAX_OPTIONS_DRAWN * augmentation.crop_attempts,
         bbox_layout="xyXY",
         quiet=True,
     )
@@ -240,8 +241,8 @@ def _check(images: LabelledImages, world_size: int, augmentation: Augmentation) 
     if len(small):
         height, width = images.sizes_hw[small[0]]
         raise ValueError(
-            f"{images.image_dir / images.file_names[small[0]]}: {width} x {height} pixels: expected at least "
-            f"{int(np.ceil(1 / side))} on each side, because crops take down to {side:g} of it"
+            f"{images.image_dir / images.file_names[small[0]]}: {width} x {height} pixels: expected larger, so that a "
+            f"crop down to {side:g} of a side holds at least one pixel"
         )
 
 
