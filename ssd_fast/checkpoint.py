@@ -2,7 +2,6 @@
 
 import io
 import logging
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from ssd_fast.config import Config, ConfigError, validate_config
 from ssd_fast.dataset import Category
 from ssd_fast.files import write_atomically
+from ssd_fast.weights import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError when the file is missing, damaged, or not a checkpoint of this program.
     """
-    content = read_tensors(path)
+    try:
+        content = read_torch_file(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if not is_checkpoint(content):
         raise CheckpointError(f"{path}: not a checkpoint of this program: expected format = {FORMAT!r}")
     return parse_checkpoint(content, path)
@@ -87,17 +90,6 @@ def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
     categories = tuple(Category(**category) for category in content["categories"])
     values = {name: content[name] for name in Checkpoint._fields}
     return Checkpoint(**values | {"config": config, "categories": categories})
-
-
-def read_tensors(path: Path) -> Any:
-    """The content of a file written by torch.save, tensors and plain values only, on the CPU."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: damaged, or not a file of tensors: {reason or type(error).__name__}") from None
 
 
 def numbered_path(folder: Path, step: int) -> Path:

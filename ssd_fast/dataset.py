@@ -5,6 +5,7 @@ rely on boxes inside their pictures, known labels and decodable files.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -269,12 +270,10 @@ def _read_instances(annotation_file: Path) -> _Instances:
 def _select_categories(
     found: Sequence[_Category], classes: Sequence[str] | None, annotation_file: Path
 ) -> tuple[Category, ...]:
-    for what, values in (("ids", [item.id for item in found]), ("names", [item.name for item in found])):
-        repeated = [value for value in values if values.count(value) > 1]
-        if repeated:
-            raise DataError(
-                f"{annotation_file}: categories: expected unique {what}, {repeated[0]!r} occurs more than once"
-            )
+    counts = Counter([("ids", item.id) for item in found] + [("names", item.name) for item in found])
+    for (what, value), count in counts.items():
+        if count > 1:
+            raise DataError(f"{annotation_file}: categories: expected unique {what}, {value!r} occurs more than once")
     if not found:
         raise DataError(f"{annotation_file}: categories is empty: expected at least one")
     if classes is None:

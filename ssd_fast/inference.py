@@ -11,25 +11,14 @@ from torch import Tensor
 import kernels
 from dali_pipelines.batch import EvalBatch, LabelledImages
 from dali_pipelines.evaluate import EvalLoader
-from ssd_fast.anchors import make_anchors
-from ssd_fast.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint, read_tensors
+from ssd_fast.anchors import model_anchors
+from ssd_fast.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
 from ssd_fast.coco_eval import CocoScores, DetectionTable, score
-from ssd_fast.config import Config, DetectionConfig, ModelConfig, override_config
+from ssd_fast.config import Config, DetectionConfig, override_config
 from ssd_fast.dataset import Category, CocoSet, DataError
 from ssd_fast.distributed import usable_cores
-from ssd_fast.model import SSD
-from ssd_fast.weights import load_weights
-
-
-def anchors_of(config: ModelConfig) -> Tensor:
-    """Anchors of a model, [A, 4] float32 cxcywh, fractions of the image."""
-    return make_anchors(
-        image_size=config.image_size,
-        grid_sizes=config.grid_sizes(),
-        steps=config.anchor_steps,
-        scales=config.anchor_scales,
-        aspect_ratios=config.aspect_ratios,
-    )
+from ssd_fast.model import SSD, on_device
+from ssd_fast.weights import load_weights, read_torch_file
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -163,7 +152,7 @@ def load_detector(
     categories: class names for the reference's weights, which hold neither these nor a recipe.
     Raises ValueError, naming the file, when something does not fit.
     """
-    content = read_tensors(path)
+    content = read_torch_file(path)
     weights: Mapping[str, Any]
     if is_checkpoint(content):
         checkpoint = parse_checkpoint(content, path)
@@ -179,8 +168,8 @@ def load_detector(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     detector = Detector(
-        model.to(device, memory_format=torch.channels_last).eval(),
-        anchors_of(config.model).to(device),
+        on_device(model, device).eval(),
+        model_anchors(config.model).to(device),
         detection=config.detection,
         categories=categories,
         dtype=compute_dtype(config.training.precision, device),

@@ -77,6 +77,11 @@ class SSD(nn.Module):
         return predictions
 
 
+def on_device(model: SSD, device: torch.device) -> SSD:
+    """The model itself, moved to a device with its weights in channels_last."""
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
+
+
 def _make_backbone(name: str) -> tuple[nn.Sequential, int]:
     """A torchvision ResNet up to layer3, there with stride 1; and the number of channels that it gives."""
     resnet = get_model(name, weights=None)

@@ -12,11 +12,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD
     Momentum starts as zeros instead of being made by the first step, which gives the same weights: torch's fused SGD
     leaves that buffer uninitialised when a gradient scaler skips the first step.
     """
-    decayed, not_decayed = [], []
-    for parameter in model.parameters():
-        norm_or_bias = parameter.ndim == 1
-        (not_decayed if norm_or_bias and not config.weight_decay_on_norm_and_bias else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
+    decay_all = config.weight_decay_on_norm_and_bias
+    decayed = [parameter for parameter in model.parameters() if decay_all or parameter.ndim > 1]
+    spared = [parameter for parameter in model.parameters() if not decay_all and parameter.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,

@@ -7,7 +7,7 @@ import torch
 from dali_pipelines.batch import TrainBatch
 from ssd_fast.config import OptimizerConfig
 from ssd_fast.loss import Loss, multibox_loss_mean
-from ssd_fast.model import SSD
+from ssd_fast.model import SSD, on_device
 from ssd_fast.optim import make_optimizer, make_scaler, set_learning_rate
 
 
@@ -19,7 +19,7 @@ class Trainer:
 
         The attribute running_statistics, [N] float32, holds BatchNorm's means and variances; the model has views of it.
         """
-        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.model = on_device(model, device).train()
         self.device = device
         self.dtype = dtype
         self.clip_norm = config.clip_norm

@@ -10,6 +10,7 @@ import torch
 
 from dali_pipelines.train import Augmentation, TrainLoader
 from kernels.reference import cxcywh_to_ltrb
+from ssd_fast.anchors import model_anchors
 from ssd_fast.checkpoint import (
     BEST,
     Checkpoint,
@@ -24,7 +25,7 @@ from ssd_fast.config import Config, dump_toml
 from ssd_fast.dataset import CocoSet, DataError, load_coco
 from ssd_fast.distributed import World, usable_cores
 from ssd_fast.files import write_atomically
-from ssd_fast.inference import Detector, anchors_of, compute_dtype, make_eval_loader
+from ssd_fast.inference import Detector, compute_dtype, make_eval_loader
 from ssd_fast.metrics import MetricsWriter
 from ssd_fast.mlperf_log import MlperfLog
 from ssd_fast.model import SSD
@@ -112,7 +113,7 @@ class Run:
             _load_initial_weights(model, config)
         dtype = compute_dtype(config.training.precision, self.device)
         self.trainer = Trainer(model, config.optimizer, device=self.device, dtype=dtype)
-        anchors_cxcywh = anchors_of(config.model)
+        anchors_cxcywh = model_anchors(config.model)
         self.train_loader = _make_train_loader(
             config, train_set, cxcywh_to_ltrb(anchors_cxcywh).numpy(), self.device, world, saved
         )

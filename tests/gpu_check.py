@@ -1,7 +1,7 @@
 """Builds nothing, needs an NVIDIA GPU: checks and measures what only a GPU can run, and prints a table last.
 
-`make gpu-check`, or `python tests/gpu_check.py [--data DIR]` with the packages on PYTHONPATH. DIR is a COCO-format folder
-of photographs with at least 64 in its validation part; without one, synthetic pictures stand in. Exit status: 0 when every
+`make gpu-check`, or `python tests/gpu_check.py [--data DIR]` with the dependencies installed. DIR is a COCO-format
+folder with 64 photographs in its validation part; without one, synthetic pictures stand in. Exit status: 0 when every
 check holds, 1 when one does not, 2 without a GPU.
 """
 
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,14 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from dali_pipelines.batch import TrainBatch  # noqa: E402
 from dali_pipelines.evaluate import EvalLoader  # noqa: E402
 from dali_pipelines.synthetic import SyntheticTrainLoader  # noqa: E402
 from dali_pipelines.train import Augmentation, TrainLoader  # noqa: E402
 from kernels.reference import cxcywh_to_ltrb  # noqa: E402
-from ssd_fast.config import Config, load_config  # noqa: E402
+from ssd_fast.anchors import model_anchors  # noqa: E402
+from ssd_fast.config import Config, load_config, override_config  # noqa: E402
 from ssd_fast.dataset import CocoSet, load_coco  # noqa: E402
-from ssd_fast.inference import anchors_of  # noqa: E402
 from ssd_fast.model import SSD  # noqa: E402
 from ssd_fast.step import Trainer  # noqa: E402
 from ssd_fast.train import train  # noqa: E402
@@ -83,7 +85,7 @@ def _find_data(directory: Path, scratch: Path) -> tuple[Path, list[str]]:
 def _train_loader(config: Config, pictures: CocoSet, device: torch.device, batch_size: int) -> TrainLoader:
     return TrainLoader(
         images=pictures.images,
-        anchors_ltrb=cxcywh_to_ltrb(anchors_of(config.model)).numpy(),
+        anchors_ltrb=cxcywh_to_ltrb(model_anchors(config.model)).numpy(),
         image_size=config.model.image_size,
         batch_size=batch_size,
         device=device,
@@ -106,7 +108,7 @@ def _eval_loader(config: Config, pictures: CocoSet, device: torch.device) -> Eva
 
 
 def _check_pipelines(config: Config, pictures: CocoSet) -> Iterator[Row]:
-    """The GPU's batches against the CPU's: same pictures, crops and targets; pixels within two grey levels on average."""
+    """The GPU's batches against the CPU's: same pictures, crops and targets; pixels to two grey levels on average."""
     levels, same_targets = [], []
     on_cpu, on_gpu = (_train_loader(config, pictures, device, 16) for device in (CPU, GPU))
     with on_cpu, on_gpu:
@@ -128,8 +130,6 @@ def _check_pipelines(config: Config, pictures: CocoSet) -> Iterator[Row]:
 
 def _check_learning(config: Config, data: Path, output: Path) -> Iterator[Row]:
     """SSD300 learns 64 pictures by heart under mixed precision."""
-    from ssd_fast.config import override_config
-
     recipe = override_config(
         config,
         [
@@ -168,24 +168,28 @@ def _measure(config: Config, pictures: CocoSet, batch_size: int) -> Iterator[Row
             steps_per_epoch=60,
             seed=0,
         )
-        rate = _rate(synthetic.epoch(), batch_size, lambda batch: trainer.train_step(batch, 1e-3))
+        rate = _rate(synthetic.epoch(), batch_size, partial(_step, trainer))
         name = str(dtype).removeprefix("torch.")
         teraflops = rate * SSD300_TRAIN_GFLOP / 1000
         yield (f"step alone, batch {batch_size}, {name}", f"{rate:.0f} images/s", f"{teraflops:.0f} TFLOP/s")
     loader = _train_loader(config, pictures, GPU, batch_size)
     rate = _rate(_endless(loader), batch_size, lambda batch: None)
     yield (f"input alone, batch {batch_size}", f"{rate:.0f} images/s", "")
-    rate = _rate(_endless(loader), batch_size, lambda batch: trainer.train_step(batch, 1e-3))
+    rate = _rate(_endless(loader), batch_size, partial(_step, trainer))
     yield (f"input and step, batch {batch_size}, {name}", f"{rate:.0f} images/s", "")
     loader.close()
 
 
-def _endless(loader: TrainLoader) -> Iterator[object]:
+def _step(trainer: Trainer, batch: TrainBatch) -> None:
+    trainer.train_step(batch, 1e-3)
+
+
+def _endless(loader: TrainLoader) -> Iterator[TrainBatch]:
     for _ in range(60):
         yield from loader.epoch()
 
 
-def _rate(batches: Iterator[object], batch_size: int, use: Callable[[object], object]) -> float:
+def _rate(batches: Iterator[TrainBatch], batch_size: int, use: Callable[[TrainBatch], None]) -> float:
     """Images per second over the median of groups of ten batches, after two groups of warm-up."""
     seconds = []
     iterator = iter(batches)
@@ -199,9 +203,7 @@ def _rate(batches: Iterator[object], batch_size: int, use: Callable[[object], ob
     return 10 * batch_size / statistics.median(seconds[2:])
 
 
-def _row(
-    what: str, value: float, text: str, *, at_least: float | None = None, at_most: float | None = None
-) -> Row:
+def _row(what: str, value: float, text: str, *, at_least: float | None = None, at_most: float | None = None) -> Row:
     holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     bound = f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}"
     return what, text.format(value), f"{'holds' if holds else 'FAILED'}: {bound}"
