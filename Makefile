@@ -29,14 +29,14 @@ $(VENV)/installed: requirements.lock pyproject.toml setup.py
 
 # Goes on where an interrupted demo stopped; `make clean` starts afresh.
 demo: install
-	@[ -e $(DEMO)/data ] || $(BIN)/ssd-fast synthesize $(DEMO)/data --images 1500 --seed 1
+	@[ -e $(DEMO)/data ] || $(BIN)/ssd-fast synthesize $(DEMO)/data --images 2000 --seed 1
 	$(BIN)/ssd-fast train --config configs/demo.toml --data $(DEMO)/data --output $(DEMO)/run --resume
-	$(BIN)/ssd-fast evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt --data $(DEMO)/data --output $(DEMO)/run/evaluation --per-class
-	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/pictures $(DEMO)/data/val2017/*[05].jpg
-	echo "look at $(DEMO)/run: curves.png, detections.png, precision_recall.png and pictures/"
+	$(BIN)/ssd-fast evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt --data $(DEMO)/data --per-class
+	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/pictures $(DEMO)/data/val2017/*00*.jpg
+	echo "look at $(DEMO)/run: detections.png, curves.png, precision_recall.png and pictures/"
 
 test: install
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto
 
 lint: install
 	@$(BIN)/ruff check .

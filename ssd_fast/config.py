@@ -245,7 +245,7 @@ class EvaluationConfig(_Section):
     """When and how a model is scored."""
 
     epochs: tuple[PositiveInt, ...]
-    """Epochs after which the model is evaluated; the last epoch always is."""
+    """Epochs after which the model is evaluated, besides the run's last; those beyond it are not reached."""
     target_map: Fraction | None = None
     """COCO mAP at which training stops; left out, training goes on to its last epoch."""
     batch_size: PositiveInt
@@ -275,16 +275,6 @@ class Config(_Section):
     training: TrainingConfig
     evaluation: EvaluationConfig
     detection: DetectionConfig
-
-    @model_validator(mode="after")
-    def _epochs_within_run(self) -> Self:
-        late = [epoch for epoch in self.evaluation.epochs if epoch > self.training.epochs]
-        if late:
-            raise ValueError(
-                f"evaluation.epochs = {list(self.evaluation.epochs)}: expected none above "
-                f"training.epochs = {self.training.epochs}"
-            )
-        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 Array = npt.NDArray[Any]
 Texture = Callable[[Array, Array], Array]
 
-MIN_VISIBLE = 0.45
+MIN_VISIBLE = 0.55
 """No object may show less than this share of itself: what is left of a nearly hidden one could not be told apart."""
 
 PLACEMENT_ATTEMPTS = 8
@@ -94,8 +94,8 @@ def _dots(u: Array, v: Array) -> Array:
     return np.hypot(2.8 * u % 1 - 0.5, 2.8 * v % 1 - 0.5) < 0.33
 
 
-def _hatching(u: Array, v: Array) -> Array:
-    return (2.6 * u % 1 < 0.3) | (2.6 * v % 1 < 0.3)
+def _facets(u: Array, v: Array) -> Array:
+    return np.floor(np.arctan2(v, u) * (5 / math.pi)) % 2
 
 
 def _rings(u: Array, v: Array) -> Array:
@@ -106,7 +106,7 @@ KINDS = (
     Kind(1, "checkered disc", _polygon(30), _checks),
     Kind(3, "striped bar", np.array([(-0.9, -0.43), (0.9, -0.43), (0.9, 0.43), (-0.9, 0.43)]), _stripes),
     Kind(7, "dotted triangle", _polygon(3), _dots),
-    Kind(18, "hatched star", _star(5, 0.5), _hatching),
+    Kind(18, "faceted star", _star(5, 0.5), _facets),
     Kind(44, "ringed hexagon", _polygon(6), _rings),
 )
 
@@ -131,7 +131,7 @@ def _colours(rng: Generator) -> Array:
     luma = np.array([0.3, 0.59, 0.11])
     while True:
         pair = rng.uniform(0, 1, (2, 3))
-        if abs((pair[0] - pair[1]) @ luma) > 0.3:
+        if abs((pair[0] - pair[1]) @ luma) > 0.45:
             return pair.astype(np.float32)
 
 
@@ -140,7 +140,11 @@ def _log_uniform(rng: Generator, low: float, high: float) -> float:
 
 
 def _figure(rng: Generator, kind: Kind, x: float, y: float, radius: float, colours: Array) -> Figure:
-    angle, squeeze, detail = rng.uniform(0, 2 * math.pi), rng.uniform(0.75, 1), rng.uniform(0.85, 1.2)
+    angle, squeeze, detail = (
+        rng.uniform(-0.4, 0.4),
+        rng.uniform(0.8, 1),
+        math.sqrt(radius / 36) * rng.uniform(0.85, 1.2),
+    )
     return Figure(kind, x, y, radius, angle, squeeze, detail, colours)
 
 
@@ -204,12 +208,12 @@ def _propose(
     rng: Generator, kind: Kind, width: int, height: int, things: list[tuple[Figure, ...]]
 ) -> tuple[Figure, ...]:
     """One object anywhere or close to another one; once in a while a crowd of them."""
-    limits = (14, 26) if rng.random() < 0.07 else (26, 0.55 * min(width, height))
+    limits = ((13, 20), (28, 64), (64, 110))[rng.choice(3, p=(0.06, 0.76, 0.18))]
     radius = _log_uniform(rng, *limits)
     x, y = rng.uniform(0.15, 0.85, 2) * (width, height)
-    if things and rng.random() < 0.4:
+    if things and rng.random() < 0.3:
         neighbour = things[rng.integers(len(things))][0]
-        direction, distance = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 1) * (radius + neighbour.radius)
+        direction, distance = rng.uniform(0, 2 * math.pi), rng.uniform(0.7, 1) * (radius + neighbour.radius)
         x, y = neighbour.x + distance * math.cos(direction), neighbour.y + distance * math.sin(direction)
     if rng.random() >= 0.02:
         return (_figure(rng, kind, x, y, radius, _colours(rng)),)
@@ -225,7 +229,7 @@ def _arrange(rng: Generator, width: int, height: int) -> tuple[list[tuple[Figure
     things: list[tuple[Figure, ...]] = []
     areas: list[int] = []
     owners = np.zeros((height, width), np.int64)
-    for _ in range(rng.choice(8, p=(0.08, 0.24, 0.24, 0.18, 0.12, 0.07, 0.04, 0.03))):
+    for _ in range(rng.choice(8, p=(0.06, 0.08, 0.14, 0.2, 0.2, 0.14, 0.1, 0.08))):
         kind = KINDS[rng.integers(len(KINDS))]
         for _ in range(PLACEMENT_ATTEMPTS):
             thing, tentative = _propose(rng, kind, width, height, things), owners.copy()
@@ -263,11 +267,11 @@ def _photograph(rng: Generator, canvas: Array) -> Image.Image:
     height, width, _ = canvas.shape
     slope_x, slope_y = rng.uniform(-0.35, 0.35, 2)
     light = 1 + slope_x * np.linspace(-1, 1, width)[None] + slope_y * np.linspace(-1, 1, height)[:, None]
-    haze = rng.uniform(0, 0.4)
+    haze = rng.uniform(0, 0.25)
     lit = canvas * (light * (1 - haze)).astype(np.float32)[..., None] + np.float32(rng.uniform(0.2, 0.8) * haze)
-    lit += np.float32(rng.uniform(0, 0.06)) * rng.standard_normal(canvas.shape, np.float32)
+    lit += np.float32(rng.uniform(0, 0.035)) * rng.standard_normal(canvas.shape, np.float32)
     image = Image.fromarray((lit.clip(0, 1) * 255).astype(np.uint8))
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.3)))
     return image.convert("L") if rng.random() < 1 / 30 else image
 
@@ -277,7 +281,7 @@ def make_picture(seed: int, number: int) -> Picture:
     rng = np.random.default_rng((seed, number))
     width, height = (int(n) for n in rng.integers(160, 321, 2))
     canvas = _background(rng, width, height)
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 4)):
         x, y = rng.uniform(0, 1, 2) * (width, height)
         _paint(canvas, _figure(rng, _distractor_kind(rng), x, y, _log_uniform(rng, 12, 70), _colours(rng)))
     things, owners = _arrange(rng, width, height)

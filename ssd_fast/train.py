@@ -123,7 +123,8 @@ class Run:
         )
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.global_batch_size = config.training.batch_size * world.size
-        self.evaluation_epochs = {*config.evaluation.epochs, config.training.epochs}
+        epochs = config.training.epochs
+        self.evaluation_epochs = {epochs, *(epoch for epoch in config.evaluation.epochs if epoch < epochs)}
 
         self.meter = LossMeter(self.device)
         self.step = 0
@@ -273,7 +274,7 @@ class Run:
 
     def _restore(self, saved: Checkpoint) -> None:
         for key, old, new in _differences(saved.config, self.config):
-            if key.startswith("model."):
+            if key.startswith("model.") and key not in ("model.backbone_weights", "model.initial_checkpoint"):
                 raise CheckpointError(f"{self.output}: its run has {key} = {old!r}: expected the same, not {new!r}")
             logger.warning("the run in %s began with %s = %r; it goes on with %r", self.output, key, old, new)
         self.trainer.model.load_state_dict(saved.model)

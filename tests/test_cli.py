@@ -88,7 +88,8 @@ def test_detect_writes_an_annotated_copy_of_every_picture_and_one_json(
     assert [Path(result["file"]).name for result in results] == [*(path.name for path in pictures), "rotated.jpg"]
     assert (results[0]["width"], results[0]["height"]) == (width, height)
     assert (results[3]["width"], results[3]["height"]) == (height, width)
-    names = {"checkered disc", "striped bar", "dotted triangle", "hatched star", "ringed hexagon"}
+    annotations = json.loads((synthetic_set / "annotations" / "instances_val2017.json").read_text())
+    names = {category["name"] for category in annotations["categories"]}
     assert sum(len(result["detections"]) for result in results) > 0
     for result in results:
         with Image.open(output / result["annotated"]) as copy:

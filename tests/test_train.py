@@ -92,6 +92,16 @@ def test_a_run_leaves_its_records_and_pictures(finished: Path) -> None:
     assert "epoch 2/2 step 8/8" in (finished / "train.log").read_text()
 
 
+def test_the_mlperf_log_of_a_run_is_accepted_by_mlperfs_own_checker(finished: Path, tmp_path: Path) -> None:
+    options = ["--usage", "training", "--ruleset", "1.0.0", "--log_output", str(tmp_path / "checker.log")]
+    command = [sys.executable, "-m", "mlperf_logging.compliance_checker", *options]
+    assert subprocess.run([*command, str(finished / "mlperf.log")], capture_output=True, check=False).returncode == 0
+    lines = (finished / "mlperf.log").read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.log"
+    cut.write_text("".join(line for line in lines if "eval_accuracy" not in line))
+    assert subprocess.run([*command, str(cut)], capture_output=True, check=False).returncode != 0
+
+
 def test_training_lowers_the_loss(synthetic_set: Path, tmp_path: Path) -> None:
     changes = ("training.epochs=8", "optimizer.decay_epochs=[]", "evaluation.epochs=[]", "optimizer.learning_rate=0.02")
     train(tiny_config(changes), synthetic_set, tmp_path / "run", resume=False)
@@ -126,7 +136,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_as_if_uninterrupted(
     assert steps == sorted(set(steps))
 
 
-def command(config_overrides: tuple[str, ...], data: Path, output: Path, *options: str) -> list[str]:
+def train_command(config_overrides: tuple[str, ...], data: Path, output: Path, *options: str) -> list[str]:
     """The command line of a tiny run."""
     sets = [part for change in (*TINY, *config_overrides) for part in ("--set", change)]
     recipe = str(REPOSITORY / "configs" / "demo.toml")
@@ -138,7 +148,7 @@ def test_a_killed_run_goes_on_exactly_from_its_newest_good_checkpoint(
     finished: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    process = subprocess.Popen(command((EVERY_STEP, "training.keep_checkpoints=3"), synthetic_set, output))
+    process = subprocess.Popen(train_command((EVERY_STEP, "training.keep_checkpoints=3"), synthetic_set, output))
     try:
         deadline = time.monotonic() + 120
         while not numbered_path(output / "checkpoints", 5).exists():
@@ -265,7 +275,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(finished:
 def test_a_full_disk_ends_a_run_with_one_line(synthetic_set: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with largest_file(200_000):
-        result = subprocess.run(command((), synthetic_set, output), capture_output=True, text=True, check=False)
+        result = subprocess.run(train_command((), synthetic_set, output), capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].endswith("best.pt: not written: File too large")
     assert "Traceback" not in result.stderr

@@ -22,6 +22,8 @@ TINY = (
     "training.log_every_steps=3",
     "evaluation.epochs=[1]",
     "evaluation.batch_size=8",
+    "augmentation.crop_sides=[0.3, 1.0]",
+    "optimizer.learning_rate=0.04",
 )
 """Overrides of configs/demo.toml: 8 steps an epoch on the 64 training pictures of the synthetic set."""
 
