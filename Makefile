@@ -32,7 +32,8 @@ demo: install
 	@[ -e $(DEMO)/data ] || $(BIN)/ssd-fast synthesize $(DEMO)/data --images 2000 --seed 1
 	$(BIN)/ssd-fast train --config configs/demo.toml --data $(DEMO)/data --output $(DEMO)/run --resume
 	$(BIN)/ssd-fast evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt --data $(DEMO)/data --per-class
-	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/pictures $(DEMO)/data/val2017/*00*.jpg
+	pictures=($(DEMO)/data/val2017/*.jpg)
+	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/pictures "$${pictures[@]:0:24}"
 	echo "look at $(DEMO)/run: detections.png, curves.png, precision_recall.png and pictures/"
 
 test: install

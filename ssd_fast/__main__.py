@@ -102,7 +102,7 @@ def detect(
     ] = None,
     drawn_score: Annotated[
         float, typer.Option(min=0, max=1, help="Draw detections of at least this probability.")
-    ] = 0.4,
+    ] = 0.3,
     overrides: SetOption = None,
 ) -> None:
     """Detect objects on pictures: annotated copies and one JSON file."""
@@ -133,7 +133,9 @@ def synthesize(
     from ssd_fast.synthesize import synthesize as make
 
     progress.setup_logging(None)
-    make(directory, num_images=images, seed=seed)
+    shown = progress.track(range(images), "making pictures")
+    make(directory, num_images=images, seed=seed, on_progress=lambda _: next(shown))
+    next(shown, None)
     print(f"{images} pictures in {directory}")
 
 

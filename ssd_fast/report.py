@@ -10,7 +10,7 @@ from ssd_fast.dataset import Category, CocoSet
 from ssd_fast.visualize import GridCell, draw_grid, plot_curves, plot_precision_recall
 
 NUM_PICTURES = 12
-DRAWN_SCORE = 0.4
+DRAWN_SCORE = 0.3
 
 
 def draw_report(output: Path, val_set: CocoSet, categories: tuple[Category, ...], detections_file: Path) -> None:

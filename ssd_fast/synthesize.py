@@ -44,6 +44,7 @@ class Figure(NamedTuple):
     """One figure in the picture's plane.
 
     x, y: centre, pixels. radius: of the circle around it, pixels. angle: radians. squeeze: v is shrunk by it.
+    detail: the texture is finer by it, relative to the figure.
     colours: [2, 3] float32 in 0..1.
     """
 
@@ -140,11 +141,8 @@ def _log_uniform(rng: Generator, low: float, high: float) -> float:
 
 
 def _figure(rng: Generator, kind: Kind, x: float, y: float, radius: float, colours: Array) -> Figure:
-    angle, squeeze, detail = (
-        rng.uniform(-0.4, 0.4),
-        rng.uniform(0.8, 1),
-        math.sqrt(radius / 36) * rng.uniform(0.85, 1.2),
-    )
+    angle, squeeze = rng.uniform(-0.4, 0.4), rng.uniform(0.8, 1)
+    detail = math.sqrt(radius / 36) * rng.uniform(0.85, 1.2)
     return Figure(kind, x, y, radius, angle, squeeze, detail, colours)
 
 
