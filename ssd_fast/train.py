@@ -29,7 +29,7 @@ from ssd_fast.inference import Detector, compute_dtype, make_eval_loader
 from ssd_fast.metrics import MetricsWriter
 from ssd_fast.mlperf_log import MlperfLog
 from ssd_fast.model import SSD
-from ssd_fast.progress import Progress, setup_logging
+from ssd_fast.progress import Progress, setup_logging, track
 from ssd_fast.report import draw_report
 from ssd_fast.signals import StopRequest
 from ssd_fast.step import LossMeter, Trainer
@@ -244,7 +244,7 @@ class Run:
     def _evaluate(self, epoch: int) -> None:
         start = time.perf_counter()
         self.mlperf.eval_start(epoch)
-        scores, table = self.detector.evaluate(self.eval_loader, self.val_set)
+        scores, table = self.detector.evaluate(track(self.eval_loader, "evaluating"), self.val_set)
         self.mlperf.eval_stop(epoch, scores.map)
         best_so_far = max((earlier["map"] for earlier in self.scores.values()), default=-1.0)
         self.scores[epoch] = twelve_numbers(scores)
