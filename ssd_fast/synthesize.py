@@ -324,7 +324,7 @@ def _write_picture(directory: Path, seed: int, number: int) -> tuple[dict[str, A
     return entry, annotate(picture, number)
 
 
-def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], None] | None) -> None:
+def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], object] | None) -> None:
     splits: dict[str, dict[str, Any]] = {
         name: {
             "info": {"description": f"Textured figures, seed {seed}", "version": "1.0", "year": 2017},
@@ -355,7 +355,7 @@ def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Call
 
 
 def synthesize(
-    directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], None] | None = None
+    directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], object] | None = None
 ) -> None:
     """Writes a set of num_images pictures, a fifth of them for validation, in COCO's own layout.
 
