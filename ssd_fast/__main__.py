@@ -49,7 +49,7 @@ def train(
     if outcome.stopped_by:
         raise typer.Exit(128 + outcome.stopped_by)
     target = recipe.evaluation.target_map
-    reached = "" if target is None else f" (target {target:g} {'reached' if outcome.reached_target else 'not reached'})"
+    reached = f" (target {target:g} {'reached' if outcome.reached_target else 'not reached'})" if target < 1 else ""
     print(f"best mAP {outcome.best_map:.4f}{reached}; everything about the run is in {output}")
 
 

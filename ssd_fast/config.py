@@ -246,8 +246,8 @@ class EvaluationConfig(_Section):
 
     epochs: tuple[PositiveInt, ...]
     """Epochs after which the model is evaluated, besides the run's last; those beyond it are not reached."""
-    target_map: Fraction | None = None
-    """COCO mAP at which training stops; left out, training goes on to its last epoch."""
+    target_map: Fraction
+    """COCO mAP at which training stops; 1 lets it go on to its last epoch."""
     batch_size: PositiveInt
     """Pictures per evaluation batch on each rank."""
 

@@ -159,7 +159,10 @@ def load_detector(
         config = config or override_config(checkpoint.config, overrides, source=str(path))
         categories, weights = checkpoint.categories, checkpoint.model
     elif config is None or categories is None:
-        raise CheckpointError(f"{path}: holds weights only: expected --config and --data, for a recipe and class names")
+        raise CheckpointError(
+            f"{path}: holds weights only: expected --config, for a recipe, and a COCO annotation file, for class names "
+            "(evaluate: that of --data; detect: --annotations)"
+        )
     else:
         weights = content
     model = SSD(config.model, num_classes=len(categories))

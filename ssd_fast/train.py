@@ -353,8 +353,7 @@ def _is_finished(config: Config, steps_per_epoch: int, step: int, scores: dict[i
 
 def _outcome(config: Config, scores: dict[int, dict[str, float]], stopped_by: int) -> Outcome:
     best = max((epoch_scores["map"] for epoch_scores in scores.values()), default=-1.0)
-    target = config.evaluation.target_map
-    return Outcome(stopped_by=stopped_by, best_map=best, reached_target=target is not None and best >= target)
+    return Outcome(stopped_by=stopped_by, best_map=best, reached_target=best >= config.evaluation.target_map)
 
 
 def _differences(old: Config, new: Config) -> list[tuple[str, object, object]]:

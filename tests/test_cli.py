@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from PIL import Image
 from tiny import TINY, tiny_config
 
 from ssd_fast.__main__ import main
+from ssd_fast.checkpoint import load_checkpoint
 from ssd_fast.coco_eval import format_scores, read_results, score
 from ssd_fast.train import train
 
@@ -217,6 +219,46 @@ def test_a_data_set_without_the_checkpoints_classes_is_refused(
     status, _, err = run("evaluate", "--checkpoint", checkpoint, "--data", data)
     assert status == 1
     assert "lacks the categories ['striped bar'], which the network detects" in err
+
+
+REFERENCE_NAMES = {
+    "backbone.conv1": "model.layer1.0",
+    "backbone.bn1": "model.layer1.1",
+    "backbone.layer1": "model.layer1.4",
+    "backbone.layer2": "model.layer1.5",
+    "backbone.layer3": "model.layer2.0",
+    "extras": "additional_blocks",
+    "box_heads": "loc",
+    "class_heads": "conf",
+}
+
+
+def to_reference_layout(state: dict[str, torch.Tensor], boxes_per_cell: int) -> dict[str, torch.Tensor]:
+    """Weights as the MLPerf reference keeps them: other names, and heads with their boxes innermost."""
+    converted = {}
+    for name, tensor in state.items():
+        ours = next(prefix for prefix in REFERENCE_NAMES if name.startswith(prefix + "."))
+        if "heads" in ours:
+            tensor = tensor.unflatten(0, (boxes_per_cell, -1)).transpose(0, 1).flatten(0, 1)
+        converted[REFERENCE_NAMES[ours] + name.removeprefix(ours)] = tensor
+    return converted
+
+
+def test_weights_of_the_mlperf_reference_serve_with_a_recipe_and_class_names(
+    run: Run, checkpoint: Path, synthetic_set: Path, tmp_path: Path
+) -> None:
+    _, expected, _ = run("evaluate", "--checkpoint", checkpoint, "--data", synthetic_set)
+    weights, recipe = tmp_path / "weights.pth", checkpoint.parent.parent / "config.toml"
+    torch.save({"model": to_reference_layout(load_checkpoint(checkpoint).model, boxes_per_cell=4)}, weights)
+    status, found, _ = run("evaluate", "--checkpoint", weights, "--data", synthetic_set, "--config", recipe)
+    assert (status, found) == (0, expected)
+    picture = min((synthetic_set / "val2017").iterdir())
+    detect = ("detect", "--checkpoint", weights, "--output", tmp_path / "out", picture, "--config", recipe)
+    status, _, err = run(*detect)
+    assert status == 1
+    assert "weights.pth: holds weights only: expected" in err
+    status, _, _ = run(*detect, "--annotations", synthetic_set / "annotations" / "instances_val2017.json")
+    assert status == 0
 
 
 def test_evaluation_of_other_category_ids_goes_by_name(
