@@ -348,7 +348,8 @@ def _load_initial_weights(model: SSD, config: Config) -> None:
 def _is_finished(config: Config, steps_per_epoch: int, step: int, scores: dict[int, dict[str, float]]) -> bool:
     if _outcome(config, scores, 0).reached_target:
         return True
-    return step >= config.training.epochs * steps_per_epoch and config.training.epochs in scores
+    last_step = config.training.epochs * steps_per_epoch
+    return step > last_step or (step == last_step and config.training.epochs in scores)
 
 
 def _outcome(config: Config, scores: dict[int, dict[str, float]], stopped_by: int) -> Outcome:

@@ -180,6 +180,18 @@ def test_a_finished_run_is_left_alone(finished: Path, synthetic_set: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_a_run_that_has_gone_beyond_a_shorter_recipe_is_finished(
+    synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    with during_step(monkeypatch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tiny_config(("evaluation.epochs=[]",)), synthetic_set, output, resume=False)
+    assert train(tiny_config(("training.epochs=1",)), synthetic_set, output, resume=True).stopped_by == 0
+    newest = newest_checkpoint(output / "checkpoints")
+    assert newest is not None
+    assert newest.step == 11
+
+
 def test_a_run_is_not_overwritten(finished: Path, synthetic_set: Path) -> None:
     with pytest.raises(CheckpointError, match=r"finished: holds a run already: expected another --output, or --resume"):
         train(tiny_config(), synthetic_set, finished, resume=False)
