@@ -187,9 +187,7 @@ class Run:
         self.progress.start_epoch(epoch, self.steps_per_epoch, start_step=done)
         window_start, window_steps = time.perf_counter(), 0
         for batch in self.train_loader.epoch():
-            learning_rate = self.config.optimizer.learning_rate_at(
-                self.step, global_batch_size=self.global_batch_size, steps_per_epoch=self.steps_per_epoch
-            )
+            learning_rate = self._learning_rate(self.step)
             self.meter.add(self.trainer.train_step(batch, learning_rate), self.step)
             self.step += 1
             done += 1
@@ -207,6 +205,11 @@ class Run:
                 self._save(numbered_path(self.output / CHECKPOINTS, self.step))
         self.mlperf.epoch_stop(epoch)
 
+    def _learning_rate(self, step: int) -> float:
+        return self.config.optimizer.learning_rate_at(
+            step, global_batch_size=self.global_batch_size, steps_per_epoch=self.steps_per_epoch
+        )
+
     def _report_window(self, steps: int, start: float, done: int, learning_rate: float) -> None:
         """Shows the losses since the last reading; raises FloatingPointError when too many are not finite."""
         window = self.meter.read()
@@ -214,7 +217,7 @@ class Run:
         if window.num_nonfinite:
             what = (
                 f"the loss was not finite in {window.num_nonfinite} of the last {steps} steps, last at step "
-                f"{window.last_nonfinite_step} (learning rate {learning_rate:.4g})"
+                f"{window.last_nonfinite_step} (learning rate {self._learning_rate(window.last_nonfinite_step):.4g})"
             )
             if window.longest_nonfinite > self.config.training.max_nonfinite_steps:
                 raise FloatingPointError(
