@@ -1,5 +1,6 @@
 # make demo   environment, synthetic data, training, evaluation, pictures: everything once, in minutes, on two CPU cores
 # make test   the test suite
+# make sanitize   the tests of the CPU operators under the compiler's sanitizers
 # Each target makes .venv first when it is missing or when what it was made from has changed.
 
 SHELL := /bin/bash
@@ -14,17 +15,20 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := output/demo
+SANITIZED := build/sanitized
+KERNEL_SOURCES := $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test lint clean install gpu-check
+.PHONY: demo test sanitize lint clean install gpu-check
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.lock pyproject.toml setup.py
+$(VENV)/installed: requirements.lock pyproject.toml setup.py $(KERNEL_SOURCES)
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 to 3.13 with venv and ensurepip found: install one (Debian: apt-get install python3-venv), or say make PYTHON=…" >&2; exit 1; }
 	echo "environment: $(PYTHON) -> $(VENV) (about 6 GB, mostly PyTorch and its CUDA libraries)"
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -c 'import kernels; print("kernels:", kernels.cuda_build())'
 	touch $@
 
 # Goes on where an interrupted demo stopped; `make clean` starts afresh.
@@ -39,6 +43,17 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest -n auto
 
+# Memory errors and undefined behaviour of the CPU operators. The sanitizers' libraries must be loaded first, and with
+# them the C++ library, whose exceptions they watch. What torch.compile makes is not ours and would be built without them.
+sanitize: install
+	@SSD_FAST_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
+	compiler=$${CXX:-g++}
+	for library in libasan.so libubsan.so libstdc++.so; do preload+=" $$($$compiler -print-file-name=$$library)"; done
+	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=print_stacktrace=1
+	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$preload"
+	$(BIN)/python -c 'import kernels; assert "SANITIZE" in kernels.cuda_build(), f"{kernels.__file__} is not sanitized"'
+	$(BIN)/pytest -n auto --capture=sys -p no:faulthandler tests/test_operators.py -k "not compiled_by_torch"
+
 lint: install
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +64,4 @@ gpu-check: install
 	@$(BIN)/python tests/gpu_check.py
 
 clean:
-	rm -rf $(VENV) build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build output kernels/_C*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,20 +3,27 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from nvidia import dali
 from nvidia.dali import Pipeline, fn, math, types
+from torch import Tensor
 
 from dali_pipelines.batch import LabelledImages, TrainBatch
+from dali_pipelines.box_encoder import target_nodes
 from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
 
 # With "no crop" among seven options one picture in 10^66 needs more; without it some boxes may allow no crop at all.
 _MAX_OPTIONS_DRAWN = 1000
+
+Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the ground truths of a batch, boxes_ltrb [T, 4] float32, labels [T] int32 and offsets [B + 1] int64 (those of
+image b are rows offsets[b] to offsets[b + 1]), to deltas [B, A, 4] and labels [B, A] int32; all on one device."""
 
 
 class Augmentation(NamedTuple):
@@ -52,13 +59,15 @@ class TrainLoader:
     of it are disjoint and together complete. Augmentation is drawn on each rank by itself. Every rank gives the same
     number of full batches: where its shard ends early, its last picture is repeated (in other crops and colours).
 
-    anchors_ltrb: [A, 4] float32, fractions of the image.
+    anchors_ltrb: [A, 4] float32, fractions of the image; of DALI's encoder.
+    encode: makes the targets, on the device, when a batch is taken; left out, DALI's encoder makes them ahead, in the
+        pipeline.
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank.
     prefetch_batches: batches prepared ahead, at least 1.
     state: from `state()` of a loader with equal arguments; this one goes on with the batch that would have come next.
     Raises ValueError when the set cannot be trained on, or when the state is of another set, seed, batch size,
-    rank or version of DALI.
+    rank, encoder or version of DALI.
     """
 
     steps_per_epoch: int
@@ -77,6 +86,7 @@ class TrainLoader:
         prefetch_batches: int,
         seed: int,
         augmentation: Augmentation,
+        encode: Encode | None = None,
         rank: int = 0,
         world_size: int = 1,
         state: bytes | None = None,
@@ -91,12 +101,14 @@ class TrainLoader:
             "batch size": batch_size,
             "rank": rank,
             "world size": world_size,
+            "box encoder": "dali" if encode is None else "kernels",
             "DALI": dali.__version__,
         }
         self.steps_per_epoch = -(-len(images.file_names) // (world_size * batch_size))
         self.last_image_ids = np.empty(0, np.int64)
         self._step, checkpoint = (0, None) if state is None else _unpack(state, self._identity)
         self._device = device
+        self._encode = encode
         pipeline = make_pipeline(
             device,
             batch_size=batch_size,
@@ -125,10 +137,8 @@ class TrainLoader:
                     pad_last_batch=True,
                 )
                 pixels, boxes, labels = _augmented(encoded, boxes, labels, image_size, augmentation, device)
-                deltas, labels = fn.box_encoder(
-                    boxes, labels, anchors=anchors_ltrb.ravel().tolist(), offset=True, stds=[0.1, 0.1, 0.2, 0.2]
-                )
-                pipeline.set_outputs(pixels, deltas, labels, positions)
+                targets = _padded(boxes, labels) if encode else target_nodes(boxes, labels, anchors_ltrb, device)
+                pipeline.set_outputs(pixels, *targets, positions)
             pipeline.build()
         self._pipeline: Pipeline | None = pipeline
 
@@ -140,6 +150,8 @@ class TrainLoader:
         assert self._pipeline is not None, "the loader is closed"
         for step in range(self._step, self.steps_per_epoch):
             pixels, deltas, labels, positions = run(self._pipeline, self._device, self._paths)
+            if self._encode is not None:  # then the pipeline gives boxes for deltas
+                deltas, labels = self._encode(*_ragged(deltas, labels, self._device))
             self._step = (step + 1) % self.steps_per_epoch
             self.last_image_ids = self._image_ids[positions[:, 0].numpy()]
             yield TrainBatch(images=pixels.permute(0, 3, 1, 2), deltas=deltas, labels=labels)
@@ -164,14 +176,13 @@ class TrainLoader:
 def _augmented(
     encoded: Any, boxes: Any, labels: Any, image_size: int, augmentation: Augmentation, device: torch.device
 ) -> tuple[Any, Any, Any]:
-    """Graph nodes of the normalised pictures [S, S, 3] and of their boxes (ltrb fractions) and labels.
+    """Graph nodes of the normalised pictures [S, S, 3] and, on the CPU, of their boxes (ltrb fractions) and labels.
 
     Colours are changed by DALI's one-pass operator, which differs from torchvision's ColorJitter in three ways. The
     order is fixed: hue and saturation, then contrast, then brightness, without clipping in between. Contrast pulls
     towards 128, not towards the picture's mean grey. Hue turns the chroma plane of YIQ instead of the hue of HSV, by
     the same angle in the same direction. Brightness and saturation agree to a grey level.
     """
-    on_gpu = device.type == "cuda"
     # Every recipe gives the same operators, so that a state suits it whatever the augmentation was.
     min_ious, sides, aspect = augmentation.crop_min_ious, augmentation.crop_sides, augmentation.crop_aspect
     if not min_ious:
@@ -205,8 +216,26 @@ def _augmented(
     )
     flip = fn.random.coin_flip(probability=augmentation.flip_probability)
     pixels = normalised(pixels, device, mirror=flip)
-    boxes = fn.bb_flip(boxes, ltrb=True, horizontal=flip)
-    return pixels, boxes.gpu() if on_gpu else boxes, labels.gpu() if on_gpu else labels
+    return pixels, fn.bb_flip(boxes, ltrb=True, horizontal=flip), labels
+
+
+def _padded(boxes: Any, labels: Any) -> tuple[Any, Any]:
+    """Graph nodes of tables [G, 4] and [G] of the batch's largest number of boxes, with label 0 in unused rows."""
+    return fn.pad(boxes, axes=[0], fill_value=0), fn.pad(labels, fill_value=0)
+
+
+def _ragged(boxes_ltrb: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `Encode`, on the device, from padded tables [B, G, 4] and [B, G] on the CPU.
+
+    A box that cropping has left without area is dropped: it has no deltas (DALI's encoder would make them infinite).
+    """
+    kept = (labels > 0) & (boxes_ltrb[..., :2] < boxes_ltrb[..., 2:]).all(dim=-1)
+    offsets = F.pad(kept.sum(dim=1).cumsum(dim=0), (1, 0))
+    ground_truths = boxes_ltrb[kept], labels[kept], offsets
+    if device.type == "cpu":
+        return ground_truths
+    boxes_ltrb, labels, offsets = (tensor.pin_memory().to(device, non_blocking=True) for tensor in ground_truths)
+    return boxes_ltrb, labels, offsets
 
 
 def _uniform(low: float, high: float) -> Any:

@@ -131,10 +131,11 @@ def encode_boxes(
     are all anchors of an image without boxes. Deterministic.
 
     Raises ValueError for a wrong shape, dtype or device, boxes without area, labels below 1, offsets that do not
-    partition the boxes.
+    partition the boxes, a threshold that is not in 0 to 1.
     Source: Liu et al. 2016, section 2.2; ties as in the MLPerf reference.
     """
     _check_ground_truths(boxes_ltrb, labels, offsets)
+    _check_fraction(iou_threshold, "iou_threshold")
     _check(anchors_cxcywh, "anchors_cxcywh", (None, 4), device=boxes_ltrb.device)
     if anchors_cxcywh.shape[0] == 0:
         raise ValueError("anchors_cxcywh has 0 rows: expected at least one anchor")
@@ -226,7 +227,7 @@ def decode_nms(
     Among equal scores the lower anchor index comes first, then the lower class. An anchor with a logit, a delta or a
     box coordinate that is not finite gives no detection. Deterministic.
 
-    Raises ValueError for a wrong shape, dtype or device, or a limit below 1.
+    Raises ValueError for a wrong shape, dtype or device, a threshold that is not in 0 to 1, or a limit below 1.
     Source: rules and defaults of the MLPerf reference; where that fails on an image without candidates, its count is 0.
     """
     _check(deltas, "deltas", (None, None, 4))
@@ -234,6 +235,8 @@ def decode_nms(
     _check(logits, "logits", (batch_size, num_anchors, None), device=deltas.device)
     _check_num_classes(logits)
     _check(anchors_cxcywh, "anchors_cxcywh", (num_anchors, 4), device=deltas.device)
+    _check_fraction(score_threshold, "score_threshold")
+    _check_fraction(iou_threshold, "iou_threshold")
     for name, limit in (("max_per_class", max_per_class), ("max_detections", max_detections)):
         if limit < 1:
             raise ValueError(f"{name} = {limit}: expected at least 1")
@@ -333,6 +336,11 @@ def _check(
         raise ValueError(f"{name} is {tensor.dtype}: expected {'int32 or int64' if kind == 'integer' else kind}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}: expected {device}, like the others")
+
+
+def _check_fraction(value: float, name: str) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} = {value:g}: expected 0 to 1")
 
 
 def _check_num_classes(logits: Tensor) -> None:

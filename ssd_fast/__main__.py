@@ -1,5 +1,6 @@
 """The command line: `ssd-fast VERB`, also `python -m ssd_fast VERB`."""
 
+import enum
 import os
 import sys
 from pathlib import Path
@@ -120,6 +121,46 @@ def detect(
     found = dataset.find_pictures(pictures, bad_images=recipe.data.bad_images)
     detect_pictures(detector, recipe, found, output, device=device, drawn_score=drawn_score)
     print(f"{len(found.file_names)} pictures: annotated copies and detections.json are in {output}")
+
+
+class Stage(enum.StrEnum):
+    """What `profile` can measure."""
+
+    KERNELS = "kernels"
+
+
+@app.command()
+def profile(
+    config: Annotated[Path, typer.Option(help="Recipe (TOML).", show_default=False)],
+    stage: Annotated[Stage, typer.Option(help="What to measure.")] = Stage.KERNELS,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures at a time; left out, 8 on a CPU, 128 (32) on a GPU.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each implementation; fewer of slow ones.")] = 20,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file for every single time.", show_default=False)
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Time the operators beside plain PyTorch, torchvision and DALI, on the same input."""
+    recipe = load_config(config, overrides or ())
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json {json_file}: expected a file in a folder that exists")
+
+    from ssd_fast import distributed, files, kernel_profile
+
+    assert stage is Stage.KERNELS
+    environment, measured = kernel_profile.profile_kernels(
+        recipe, distributed.World().device(), batch_size=batch_size, repeats=repeats
+    )
+    print(kernel_profile.format_environment(environment), kernel_profile.format_header(), sep="\n\n")
+    rows = []
+    for row in measured:
+        print(kernel_profile.format_row(row), flush=True)
+        rows.append(row)
+    print("\n" + kernel_profile.format_legend())
+    if json_file is not None:
+        files.write_atomically(json_file, kernel_profile.to_json(environment, rows).encode())
 
 
 @app.command()

@@ -59,8 +59,8 @@ class Detector:
             predictions = self.model(images if self.dtype != torch.float32 else images.float())
         self.model.train(was_training)
         return kernels.decode_nms(
-            predictions.deltas.float(),
-            predictions.logits.float(),
+            predictions.deltas,
+            predictions.logits,
             self.anchors_cxcywh,
             score_threshold=self.detection.score_threshold,
             iou_threshold=self.detection.iou_threshold,

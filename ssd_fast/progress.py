@@ -49,6 +49,7 @@ def setup_logging(log_file: Path | None) -> None:
     for handler in handlers:
         handler.name = __name__
         root.addHandler(handler)
+    root.setLevel(logging.WARNING)
     for package in _PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
 

@@ -2,15 +2,18 @@
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dali_pipelines.train import Augmentation, TrainLoader
+import kernels
+from dali_pipelines.train import Augmentation, Encode, TrainLoader
 from kernels.reference import cxcywh_to_ltrb
-from ssd_fast.anchors import model_anchors
+from ssd_fast.anchors import model_anchors, reference_order
 from ssd_fast.checkpoint import (
     BEST,
     Checkpoint,
@@ -114,9 +117,7 @@ class Run:
         dtype = compute_dtype(config.training.precision, self.device)
         self.trainer = Trainer(model, config.optimizer, device=self.device, dtype=dtype)
         anchors_cxcywh = model_anchors(config.model)
-        self.train_loader = _make_train_loader(
-            config, train_set, cxcywh_to_ltrb(anchors_cxcywh).numpy(), self.device, world, saved
-        )
+        self.train_loader = make_train_loader(config, train_set, anchors_cxcywh, self.device, world, saved)
         self.eval_loader = make_eval_loader(config, val_set.images, self.device)
         self.detector = Detector(
             model, anchors_cxcywh.to(self.device), detection=config.detection, categories=categories, dtype=dtype
@@ -291,17 +292,19 @@ class Run:
         logger.info("%s: goes on after step %d", self.output, self.step)
 
 
-def _make_train_loader(
+def make_train_loader(
     config: Config,
     coco_set: CocoSet,
-    anchors_ltrb: np.ndarray,
+    anchors_cxcywh: Tensor,
     device: torch.device,
     world: World,
-    saved: Checkpoint | None,
+    saved: Checkpoint | None = None,
 ) -> TrainLoader:
+    """This rank's batches of a set, from where a checkpoint was saved."""
     return TrainLoader(
         images=coco_set.images,
-        anchors_ltrb=anchors_ltrb,
+        anchors_ltrb=cxcywh_to_ltrb(anchors_cxcywh).numpy(),
+        encode=make_encode(config, anchors_cxcywh.to(device)),
         image_size=config.model.image_size,
         batch_size=config.training.batch_size,
         device=device,
@@ -313,6 +316,26 @@ def _make_train_loader(
         augmentation=Augmentation(**config.augmentation.model_dump()),
         state=bytes(saved.loader[world.rank].numpy()) if saved else None,
     )
+
+
+def make_encode(config: Config, anchors_cxcywh: Tensor) -> Encode | None:
+    """The operator that makes targets on the device of the anchors, or None for DALI's encoder."""
+    if box_encoder(config.data.box_encoder, anchors_cxcywh.device) == "dali":
+        return None
+    model = config.model
+    tie_ranks = reference_order(grid_sizes=model.grid_sizes(), anchors_per_cell=model.anchors_per_cell())
+    return partial(kernels.encode_boxes, anchors_cxcywh=anchors_cxcywh, tie_ranks=tie_ranks.to(anchors_cxcywh.device))
+
+
+def box_encoder(setting: str, device: torch.device) -> str:
+    """The encoder that data.box_encoder means on a device, "dali" or "kernels".
+
+    "auto" is the operator on a CPU: DALI's encoder takes ten times its time from the cores that decode pictures. On a
+    GPU it is DALI's, which runs ahead of the training step; there the two have not been compared yet.
+    """
+    if setting != "auto":
+        return setting
+    return "kernels" if device.type == "cpu" else "dali"
 
 
 def _load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:

@@ -1,19 +1,27 @@
-"""Builds nothing, needs an NVIDIA GPU: checks and measures what only a GPU can run, and prints a table last.
+"""Builds, checks and measures what only an NVIDIA GPU can run, and prints a table last.
 
-`make gpu-check`, or `python tests/gpu_check.py [--data DIR]` with the dependencies installed. DIR is a COCO-format
-folder with 64 photographs in its validation part; without one, synthetic pictures stand in. Exit status: 0 when every
-check holds, 1 when one does not, 2 without a GPU.
+`make gpu-check`, or `python tests/gpu_check.py [--data DIR]` wherever PyTorch is: what needs something else that is not
+installed is skipped, and its row says what. DIR is a COCO-format folder with 64 photographs in its validation part;
+without one, synthetic pictures stand in. Exit status: 0 when every check that ran holds, 1 when one does not, 2 without
+a GPU.
 """
 
 import argparse
+import importlib.util
+import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -21,24 +29,29 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from dali_pipelines.batch import TrainBatch  # noqa: E402
-from dali_pipelines.evaluate import EvalLoader  # noqa: E402
-from dali_pipelines.synthetic import SyntheticTrainLoader  # noqa: E402
-from dali_pipelines.train import Augmentation, TrainLoader  # noqa: E402
-from kernels.reference import cxcywh_to_ltrb  # noqa: E402
-from ssd_fast.anchors import model_anchors  # noqa: E402
-from ssd_fast.config import Config, load_config, override_config  # noqa: E402
-from ssd_fast.dataset import CocoSet, load_coco  # noqa: E402
-from ssd_fast.model import SSD  # noqa: E402
-from ssd_fast.step import Trainer  # noqa: E402
-from ssd_fast.train import train  # noqa: E402
+if TYPE_CHECKING:  # the sections import what they need when they run
+    from dali_pipelines.batch import TrainBatch
+    from dali_pipelines.evaluate import EvalLoader
+    from dali_pipelines.train import TrainLoader
+    from ssd_fast.config import Config
+    from ssd_fast.dataset import CocoSet
+    from ssd_fast.step import Trainer
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 GREY_LEVELS = 255 * np.mean([0.229, 0.224, 0.225])  # of one unit of a normalised image
 SSD300_TRAIN_GFLOP = 94.75  # per image, forward and backward
+RECIPE = REPOSITORY / "configs" / "ssd300.toml"
 
 Row = tuple[str, str, str]  # what, measured, expected or verdict
+
+
+class Section(NamedTuple):
+    """Rows of the table, and the modules without which there are none."""
+
+    name: str
+    rows: Callable[[argparse.Namespace, Path], Iterator[Row]]
+    modules: tuple[str, ...] = ()
 
 
 def main() -> int:
@@ -50,20 +63,196 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device here: nothing was checked", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as scratch:
-        data, overrides = _find_data(arguments.data, Path(scratch))
-        config = load_config(REPOSITORY / "configs" / "ssd300.toml", overrides)
-        pictures = load_coco(data / config.data.val_annotations, data / config.data.val_images)
-        rows = [
-            ("device", torch.cuda.get_device_name(GPU), f"torch {torch.__version__}"),
-            *_check_pipelines(config, pictures),
-            *_check_learning(config, data, Path(scratch) / "run"),
-            *_measure(config, pictures, arguments.batch_size),
-        ]
-    width = max(len(what) for what, *_ in rows)
-    for what, measured, verdict in rows:
-        print(f"{what:<{width}}  {measured:<28}  {verdict}")
+    recipes = ("pydantic", "tomli_w")
+    sections = (
+        Section("kernels, build", _build_kernels),
+        Section("kernels, tests", _test_kernels, ("pytest", "hypothesis")),
+        Section("kernels, compute-sanitizer", _sanitize_kernels),
+        Section("kernels, times", _measure_kernels, (*recipes, "typer")),
+        Section("step alone", _measure_step, recipes),
+        Section(
+            "pipelines, training",
+            _check_training,
+            (*recipes, "nvidia.dali", "msgspec", "pycocotools", "hotcoco", "mlperf_logging", "rich"),
+        ),
+    )
+    rows = [("device", torch.cuda.get_device_name(GPU), f"torch {torch.__version__}")]
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            for section in sections:
+                print(f"==== {section.name}", flush=True)
+                for row in _rows(section, arguments, Path(scratch)):
+                    print("  ".join(row), flush=True)
+                    rows.append(row)
+    finally:  # where a section breaks off, what was measured before is not lost
+        width = max(len(what) for what, *_ in rows)
+        print()
+        for what, measured, verdict in rows:
+            print(f"{what:<{width}}  {measured:<28}  {verdict}")
     return 1 if any(verdict.startswith("FAILED") for *_, verdict in rows) else 0
+
+
+def _rows(section: Section, arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    missing = [name for name in section.modules if not _is_installed(name)]
+    if missing:
+        yield section.name, "", f"skipped: {', '.join(missing)} not installed"
+    else:
+        yield from section.rows(arguments, scratch)
+
+
+def _is_installed(module: str) -> bool:
+    packages = accumulate(module.split("."), "{}.{}".format)  # a package is sought only where its parent is
+    return all(importlib.util.find_spec(name) is not None for name in packages)
+
+
+def _run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of this checkout to its end and shows what it writes."""
+    run = subprocess.run(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(run.stdout, flush=True)
+    return run
+
+
+def _build_kernels(_arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
+    """The kernels, built in place if they are not there."""
+    start = time.perf_counter()
+    if not list((REPOSITORY / "kernels").glob("_C*.so")):
+        _run(sys.executable, "setup.py", "build_ext", "--inplace")
+        yield "kernels built", f"{time.perf_counter() - start:.0f} s", ""
+    import kernels
+
+    build = kernels.cuda_build()
+    yield "kernels", "CUDA", f"FAILED: {build}" if build.startswith("CUDA not built") else build
+
+
+def _test_kernels(_arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """tests/test_operators.py, on this GPU and on the CPU."""
+    report = scratch / "report.xml"
+    start = time.perf_counter()
+    run = _run(sys.executable, "-m", "pytest", "tests/test_operators.py", f"--junit-xml={report}")
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    if not report.is_file():
+        yield "tests of the operators", seconds, f"FAILED: pytest ended with status {run.returncode}"
+        return
+    cases = [
+        (case.get("name", ""), {child.tag for child in case}) for case in ElementTree.parse(report).iter("testcase")
+    ]
+    failed = [name for name, marks in cases if marks & {"failure", "error"}]
+    num_passed = sum(not marks for _, marks in cases)
+    num_on_gpu = sum(not marks for name, marks in cases if "cuda" in name)
+    counts = f"{num_passed} passed, {len(failed)} failed"
+    if failed:
+        yield "tests of the operators", counts, f"FAILED: {failed[0]}"
+    else:
+        yield "tests of the operators", counts, f"{'holds' if num_on_gpu else 'FAILED'}: {num_on_gpu} on the GPU"
+    yield "  which took", seconds, ""
+
+
+def _sanitize_kernels(_arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
+    """NVIDIA's sanitizers over a call of every operator."""
+    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(f"{place}/bin" for place in places if place)
+    )
+    if tool is None:
+        yield "compute-sanitizer", "", "skipped: compute-sanitizer not installed"
+        return
+    for check in ("memcheck", "racecheck", "synccheck"):
+        # without PyTorch's cache every tensor is an allocation of its own, whose end is watched
+        run = _run(
+            tool, "--tool", check, "--error-exitcode", "9", sys.executable, "tests/gpu_exercise.py",
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+        summary = [line.strip("= ") for line in run.stdout.splitlines() if "SUMMARY" in line]
+        if "Device not supported" in run.stdout:
+            verdict = "skipped: this machine refuses compute-sanitizer (Device not supported)"
+        else:
+            verdict = "holds" if run.returncode == 0 and summary else f"FAILED: status {run.returncode}"
+        yield f"compute-sanitizer, {check}", summary[-1] if summary else "", verdict
+
+
+def _measure_kernels(_arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """Times of the operators by `ssd-fast profile`, against their targets."""
+    report = scratch / "kernels.json"
+    run = _run(
+        sys.executable, "-m", "ssd_fast", "profile", "--config", RECIPE, "--stage", "kernels", "--json", report
+    )  # fmt: skip
+    if run.returncode:
+        yield "times of the operators", "", f"FAILED: {run.stdout.strip().splitlines()[-1]}"
+        return
+    content = json.loads(report.read_text())
+    copy_rate = content["environment"]["copy_bytes_per_s"]
+    rows = {
+        (row["operator"], row["input"], row["batch_size"], row["num_anchors"], row["implementation"]): row
+        for row in content["rows"]
+    }
+    yield "memory, read and written", f"{copy_rate / 1e12:.2f} TB/s", ""
+    for operator, given, batch_size, num_anchors, most_ms in (
+        ("encode_boxes", "8 boxes an image", 128, 8_732, 0.1),
+        ("encode_boxes", "60 boxes an image", 128, 8_732, None),
+        ("multibox_loss", "forward and backward", 128, 8_732, 4e3 * 2 * 128 * 8_732 * 81 * 2 / copy_rate),
+        ("decode_nms", "network like", 128, 8_732, 1.0),
+        ("decode_nms", "network like", 32, 15_130, 0.6),
+        ("decode_nms", "every anchor", 128, 8_732, None),
+    ):
+        case = (operator, given, batch_size, num_anchors)
+        ours = rows[(*case, "kernels")]
+        what = f"{operator}, {given}, {batch_size} x {num_anchors:,}"
+        if most_ms is None:
+            yield what, f"{1e3 * ours['median_s']:.3f} ms", ""
+        else:
+            yield _row(what, 1e3 * ours["median_s"], "{:.3f} ms", at_most=most_ms)
+        for key, row in rows.items():
+            if key[:4] == case and row["implementation"] != "kernels":
+                ratio = f"{row['ratio']:.1f} x as long" if row["ratio"] else f"failed: {row['failure']}"
+                slower = row["implementation"] != "DALI" or not row["ratio"] or row["ratio"] > 1
+                yield f"  {row['implementation']}", ratio, "" if slower else "FAILED: faster than ours"
+
+
+def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
+    """Images per second of training without input."""
+    from dali_pipelines.synthetic import SyntheticTrainLoader
+    from ssd_fast.config import load_config
+
+    config = load_config(RECIPE, ["model.backbone_weights=none"])
+    for dtype in (torch.float16, torch.bfloat16):
+        trainer = _trainer(config, dtype)
+        synthetic = SyntheticTrainLoader(
+            num_anchors=trainer.model.num_anchors,
+            num_classes=80,
+            image_size=config.model.image_size,
+            batch_size=arguments.batch_size,
+            device=GPU,
+            steps_per_epoch=60,
+            seed=0,
+        )
+        rate = _rate(synthetic.epoch(), arguments.batch_size, partial(_step, trainer))
+        name = str(dtype).removeprefix("torch.")
+        teraflops = rate * SSD300_TRAIN_GFLOP / 1000
+        yield f"step alone, batch {arguments.batch_size}, {name}", f"{rate:.0f} images/s", f"{teraflops:.0f} TFLOP/s"
+
+
+def _check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """What needs DALI: the input on the GPU, learning, and the speed of both together."""
+    from ssd_fast.config import load_config
+    from ssd_fast.dataset import load_coco
+
+    data, overrides = _find_data(arguments.data, scratch)
+    config = load_config(RECIPE, overrides)
+    pictures = load_coco(data / config.data.val_annotations, data / config.data.val_images)
+    yield from _check_pipelines(config, pictures)
+    yield from _check_learning(config, data, scratch / "run")
+    yield from _measure_input(config, pictures, arguments.batch_size)
 
 
 def _find_data(directory: Path, scratch: Path) -> tuple[Path, list[str]]:
@@ -77,12 +266,16 @@ def _find_data(directory: Path, scratch: Path) -> tuple[Path, list[str]]:
         return directory, overrides
     from ssd_fast.synthesize import synthesize
 
-    print(f"no photographs at {directory}: synthetic pictures instead", file=sys.stderr)
+    print(f"no photographs at {directory}: synthetic pictures instead")
     synthesize(scratch / "data", num_images=320, seed=0)
     return scratch / "data", overrides
 
 
-def _train_loader(config: Config, pictures: CocoSet, device: torch.device, batch_size: int) -> TrainLoader:
+def _train_loader(config: "Config", pictures: "CocoSet", device: torch.device, batch_size: int) -> "TrainLoader":
+    from dali_pipelines.train import Augmentation, TrainLoader
+    from kernels.reference import cxcywh_to_ltrb
+    from ssd_fast.anchors import model_anchors
+
     return TrainLoader(
         images=pictures.images,
         anchors_ltrb=cxcywh_to_ltrb(model_anchors(config.model)).numpy(),
@@ -96,7 +289,9 @@ def _train_loader(config: Config, pictures: CocoSet, device: torch.device, batch
     )
 
 
-def _eval_loader(config: Config, pictures: CocoSet, device: torch.device) -> EvalLoader:
+def _eval_loader(config: "Config", pictures: "CocoSet", device: torch.device) -> "EvalLoader":
+    from dali_pipelines.evaluate import EvalLoader
+
     return EvalLoader(
         images=pictures.images,
         image_size=config.model.image_size,
@@ -107,7 +302,7 @@ def _eval_loader(config: Config, pictures: CocoSet, device: torch.device) -> Eva
     )
 
 
-def _check_pipelines(config: Config, pictures: CocoSet) -> Iterator[Row]:
+def _check_pipelines(config: "Config", pictures: "CocoSet") -> Iterator[Row]:
     """The GPU's batches against the CPU's: same pictures, crops and targets; pixels to two grey levels on average."""
     levels, same_targets = [], []
     on_cpu, on_gpu = (_train_loader(config, pictures, device, 16) for device in (CPU, GPU))
@@ -128,8 +323,11 @@ def _check_pipelines(config: Config, pictures: CocoSet) -> Iterator[Row]:
     yield _row("evaluation pixels, GPU - CPU", np.mean(levels) * GREY_LEVELS, "{:.2f} grey levels", at_most=2)
 
 
-def _check_learning(config: Config, data: Path, output: Path) -> Iterator[Row]:
+def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]:
     """SSD300 learns 64 pictures by heart under mixed precision."""
+    from ssd_fast.config import override_config
+    from ssd_fast.train import train
+
     recipe = override_config(
         config,
         [
@@ -155,41 +353,34 @@ def _check_learning(config: Config, data: Path, output: Path) -> Iterator[Row]:
     yield ("  which took", f"{time.perf_counter() - start:.1f} s", "")
 
 
-def _measure(config: Config, pictures: CocoSet, batch_size: int) -> Iterator[Row]:
-    """Images per second of the step alone, of the input alone, and of both together."""
-    for dtype in (torch.float16, torch.bfloat16):
-        trainer = Trainer(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
-        synthetic = SyntheticTrainLoader(
-            num_anchors=trainer.model.num_anchors,
-            num_classes=80,
-            image_size=config.model.image_size,
-            batch_size=batch_size,
-            device=GPU,
-            steps_per_epoch=60,
-            seed=0,
-        )
-        rate = _rate(synthetic.epoch(), batch_size, partial(_step, trainer))
-        name = str(dtype).removeprefix("torch.")
-        teraflops = rate * SSD300_TRAIN_GFLOP / 1000
-        yield (f"step alone, batch {batch_size}, {name}", f"{rate:.0f} images/s", f"{teraflops:.0f} TFLOP/s")
+def _measure_input(config: "Config", pictures: "CocoSet", batch_size: int) -> Iterator[Row]:
+    """Images per second of the input alone, and of input and step together."""
+    trainer = _trainer(config, torch.bfloat16)
     loader = _train_loader(config, pictures, GPU, batch_size)
     rate = _rate(_endless(loader), batch_size, lambda batch: None)
-    yield (f"input alone, batch {batch_size}", f"{rate:.0f} images/s", "")
+    yield f"input alone, batch {batch_size}", f"{rate:.0f} images/s", ""
     rate = _rate(_endless(loader), batch_size, partial(_step, trainer))
-    yield (f"input and step, batch {batch_size}, {name}", f"{rate:.0f} images/s", "")
+    yield f"input and step, batch {batch_size}, bfloat16", f"{rate:.0f} images/s", ""
     loader.close()
 
 
-def _step(trainer: Trainer, batch: TrainBatch) -> None:
+def _trainer(config: "Config", dtype: torch.dtype) -> "Trainer":
+    from ssd_fast.model import SSD
+    from ssd_fast.step import Trainer
+
+    return Trainer(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
+
+
+def _step(trainer: "Trainer", batch: "TrainBatch") -> None:
     trainer.train_step(batch, 1e-3)
 
 
-def _endless(loader: TrainLoader) -> Iterator[TrainBatch]:
+def _endless(loader: "TrainLoader") -> Iterator["TrainBatch"]:
     for _ in range(60):
         yield from loader.epoch()
 
 
-def _rate(batches: Iterator[TrainBatch], batch_size: int, use: Callable[[TrainBatch], None]) -> float:
+def _rate(batches: Iterator["TrainBatch"], batch_size: int, use: Callable[["TrainBatch"], None]) -> float:
     """Images per second over the median of groups of ten batches, after two groups of warm-up."""
     seconds = []
     iterator = iter(batches)

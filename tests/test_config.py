@@ -92,6 +92,7 @@ def test_overrides_take_toml_values_and_bare_words() -> None:
         ("training.epochs=three", r"training\.epochs = 'three': expected a valid integer"),
         ("training.epochs=2.5", r"training\.epochs = 2\.5: expected a valid integer"),
         ("training.precision=fp8", r"training\.precision = 'fp8': expected 'auto', 'fp32', 'fp16' or 'bf16'"),
+        ("data.box_encoder=cuda", r"data\.box_encoder = 'cuda': expected 'auto', 'dali' or 'kernels'"),
         ("optimizer.momentum=1", r"optimizer\.momentum = 1: expected less than 1"),
         ("optimizer.learning_rate=nan", r"optimizer\.learning_rate = nan: expected a finite number"),
         ("optimizer.decay_epochs=[5, 4]", r"optimizer\.decay_epochs = \[5\.0, 4\.0\]: expected strictly increasing"),

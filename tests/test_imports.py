@@ -11,7 +11,7 @@ PACKAGES = ("kernels", "dali_pipelines", "ssd_fast")
 ALLOWED = {"kernels": {"kernels"}, "dali_pipelines": {"dali_pipelines"}, "ssd_fast": set(PACKAGES)}
 OWNERS = {
     "horovod": {"ssd_fast/distributed.py"},
-    "nvidia": {"dali_pipelines/train.py", "dali_pipelines/evaluate.py", "dali_pipelines/loader.py"},
+    "nvidia": {f"dali_pipelines/{name}.py" for name in ("train", "evaluate", "loader", "box_encoder")},
     "pycocotools": {"ssd_fast/coco_eval.py"},
     "hotcoco": {"ssd_fast/coco_eval.py"},
     "apex": {"ssd_fast/optim.py"},

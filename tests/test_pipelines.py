@@ -4,23 +4,32 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
+from tiny import tiny_config
 from torchvision.transforms import functional as F
 
+import kernels
 from dali_pipelines.batch import LabelledImages, TrainBatch
 from dali_pipelines.evaluate import EvalLoader
 from dali_pipelines.loader import PictureError
 from dali_pipelines.synthetic import SyntheticEvalLoader, SyntheticTrainLoader
-from dali_pipelines.train import Augmentation, TrainLoader
-from kernels.reference import cxcywh_to_ltrb, decode_deltas, encode_boxes
+from dali_pipelines.train import Augmentation, Encode, TrainLoader, _ragged
+from kernels.reference import cxcywh_to_ltrb, decode_deltas, encode_boxes, iou_matrix
+from ssd_fast.anchors import model_anchors, reference_order
+from ssd_fast.config import load_config
 from ssd_fast.dataset import load_coco
+from ssd_fast.distributed import World
+from ssd_fast.kernel_cases import decided_by_rounding
+from ssd_fast.train import box_encoder, make_encode, make_train_loader
 
 CPU = torch.device("cpu")
 MEAN = np.array([0.485, 0.456, 0.406]) * 255
@@ -56,6 +65,8 @@ def grid_anchors() -> torch.Tensor:
 
 
 ANCHORS = grid_anchors()
+OWN_ENCODER = partial(kernels.encode_boxes, anchors_cxcywh=ANCHORS)
+both_encoders = pytest.mark.parametrize("encode", [None, OWN_ENCODER], ids=["dali", "kernels"])
 
 
 class Item(NamedTuple):
@@ -178,8 +189,9 @@ def iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 # ---- batches ----
 
 
-def test_training_batch_has_the_promised_layout_and_dtypes(small: LabelledImages) -> None:
-    with train_loader(small) as loader:
+@both_encoders
+def test_training_batch_has_the_promised_layout_and_dtypes(small: LabelledImages, encode: Encode | None) -> None:
+    with train_loader(small, encode=encode) as loader:
         batch = next(loader.epoch())
         assert batch.images.shape == (4, 3, 32, 32)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -199,8 +211,9 @@ def test_evaluation_batch_has_the_promised_layout_and_dtypes(small: LabelledImag
         assert batch.sizes_hw.shape == (len(batch.image_ids), 2)
 
 
-def test_batches_that_are_kept_do_not_change(small: LabelledImages) -> None:
-    loader, passes = train_loader(small, prefetch_batches=3), eval_loader(small, prefetch_batches=3)
+@both_encoders
+def test_batches_that_are_kept_do_not_change(small: LabelledImages, encode: Encode | None) -> None:
+    loader, passes = train_loader(small, encode=encode, prefetch_batches=3), eval_loader(small, prefetch_batches=3)
     kept = [batch for _, batch in batches(loader, 8)]
     kept_eval = list(passes)
     copies = [[tensor.clone() for tensor in batch] for batch in kept]
@@ -269,8 +282,9 @@ def test_order_is_shuffled_from_the_first_epoch_and_differs_per_epoch_and_seed(s
     assert epochs(1) == orders[:3]
 
 
-def test_same_seed_gives_the_same_batches_and_another_seed_others(small: LabelledImages) -> None:
-    one, same, other = (list(batches(train_loader(small, seed=seed), 8)) for seed in (1, 1, 2))
+@both_encoders
+def test_same_seed_gives_the_same_batches_and_another_seed_others(small: LabelledImages, encode: Encode | None) -> None:
+    one, same, other = (list(batches(train_loader(small, encode=encode, seed=seed), 8)) for seed in (1, 1, 2))
     assert [ids for ids, _ in one] == [ids for ids, _ in same]
     assert all(equal(a, b) for (_, a), (_, b) in zip(one, same, strict=True))
     assert not any(equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
@@ -321,17 +335,20 @@ def test_a_pass_begins_anew_after_one_that_was_left(small: LabelledImages) -> No
 # ---- state ----
 
 
+@both_encoders
 @pytest.mark.parametrize("steps_before", [0, 1, 4, 6, 12, 15])
-def test_state_continues_with_the_very_next_batch(small: LabelledImages, steps_before: int) -> None:
-    loader = train_loader(small, prefetch_batches=3)
+def test_state_continues_with_the_very_next_batch(
+    small: LabelledImages, steps_before: int, encode: Encode | None
+) -> None:
+    loader = train_loader(small, encode=encode, prefetch_batches=3)
     assert loader.steps_per_epoch == 6
     for _ in batches(loader, steps_before):
         pass
     state = loader.state()
     expected = list(batches(loader, 8))  # across the end of an epoch
-    resumed = train_loader(small, prefetch_batches=1, num_threads=1, state=state)
+    resumed = train_loader(small, encode=encode, prefetch_batches=1, num_threads=1, state=state)
     assert len(list(resumed.epoch())) == 6 - steps_before % 6
-    resumed = train_loader(small, state=state)
+    resumed = train_loader(small, encode=encode, state=state)
     for (ids, batch), (resumed_ids, resumed_batch) in zip(expected, batches(resumed, 8), strict=True):
         assert ids == resumed_ids
         assert equal(batch, resumed_batch)
@@ -371,6 +388,8 @@ def test_state_of_other_data_or_arguments_is_refused(small: LabelledImages) -> N
         train_loader(small, seed=2, state=state)
     with pytest.raises(ValueError, match="rank = 0: expected 1"):
         train_loader(small, rank=1, world_size=2, state=state)
+    with pytest.raises(ValueError, match="box encoder = 'dali': expected 'kernels'"):
+        train_loader(small, encode=OWN_ENCODER, state=state)
     for garbage in (b"", b"abc", b"[]\nabc", b'{"step": 0}'):
         with pytest.raises(ValueError, match="state"):
             train_loader(small, state=garbage)
@@ -526,12 +545,12 @@ def test_all_boxes_overlap_the_crop_by_the_drawn_iou(ramp: Path, min_iou: float)
     assert aspect.max() < 2.05
 
 
-def test_a_crop_keeps_the_boxes_whose_centre_it_holds_and_clips_them(ramp: Path) -> None:
+@both_encoders
+def test_a_crop_keeps_the_boxes_whose_centre_it_holds_and_clips_them(ramp: Path, encode: Encode | None) -> None:
     boxes = np.array([[20, 30, 90, 80], [60, 140, 220, 230], [150, 20, 240, 120]])
     items = [Item("ramp.jpg", (256, 256), [[*box, label + 1] for label, box in enumerate(boxes)])] * 300
-    loader = train_loader(
-        image_set(ramp, items), SSD_CROP._replace(crop_min_ious=(0.0,)), batch_size=100, image_size=64
-    )
+    augmentation = SSD_CROP._replace(crop_min_ious=(0.0,))
+    loader = train_loader(image_set(ramp, items), augmentation, encode=encode, batch_size=100, image_size=64)
     kept_counts = np.zeros(4, dtype=int)
     for batch in loader.epoch():
         decoded = decode_deltas(batch.deltas, ANCHORS)
@@ -553,16 +572,19 @@ def test_a_crop_keeps_the_boxes_whose_centre_it_holds_and_clips_them(ramp: Path)
     assert (kept_counts[1:] > 10).all()
 
 
-def test_boxes_without_any_possible_crop_end_as_background(ramp: Path) -> None:
+@both_encoders
+def test_boxes_without_any_possible_crop_end_as_background(ramp: Path, encode: Encode | None) -> None:
     images = image_set(ramp, [Item("ramp.jpg", (256, 256), [[0, 0, 8, 8, 1]])] * 32)
-    loader = train_loader(images, SSD_CROP._replace(crop_min_ious=(0.9,), crop_allow_none=False), batch_size=32)
+    augmentation = SSD_CROP._replace(crop_min_ious=(0.9,), crop_allow_none=False)
+    loader = train_loader(images, augmentation, encode=encode, batch_size=32)
     batch = next(loader.epoch())
     without = (batch.labels == 0).all(dim=1)
     assert without.any()
     assert not batch.deltas[without].any()
 
 
-def test_decoded_boxes_land_on_the_objects(tmp_path: Path) -> None:
+@both_encoders
+def test_decoded_boxes_land_on_the_objects(tmp_path: Path, encode: Encode | None) -> None:
     """A bright rectangle on dark ground, through crops, flips, resizing and colour changes."""
     random = np.random.default_rng(5)
     items = []
@@ -574,7 +596,7 @@ def test_decoded_boxes_land_on_the_objects(tmp_path: Path) -> None:
         picture.paste((200, 190, 170), (left, top, right, bottom))
         picture.save(tmp_path / f"{number}.png")
         items += [Item(f"{number}.png", (height, width), [[left, top, right, bottom, 1 + number % 3]])] * 8
-    loader = train_loader(image_set(tmp_path, items), image_size=128, batch_size=32)
+    loader = train_loader(image_set(tmp_path, items), encode=encode, image_size=128, batch_size=32)
     flips = 0
     for batch in loader.epoch():
         decoded = decode_deltas(batch.deltas, ANCHORS)
@@ -657,7 +679,8 @@ def test_factors_fill_their_range(ramp: Path) -> None:
 # ---- targets ----
 
 
-def test_targets_equal_the_reference_encoding(small: LabelledImages) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["dali", "kernels"])
+def test_targets_equal_the_reference_encoding(small: LabelledImages, own: bool) -> None:
     """With anchors at random places, so that no two overlap a box equally, and labels with gaps."""
     random = np.random.default_rng(2)
     centres, sizes = random.uniform(0.1, 0.9, (900, 2)), random.uniform(0.05, 0.6, (900, 2))
@@ -670,7 +693,8 @@ def test_targets_equal_the_reference_encoding(small: LabelledImages) -> None:
         boxes = np.concatenate([corners, corners + extents], axis=1) * [width, height, width, height]
         items.append(Item("1.jpg", (height, width), [[*box, 3 * label] for label, box in enumerate(boxes, start=1)]))
     images = image_set(small.image_dir, items)
-    loader = train_loader(images, UNCHANGED, anchors_ltrb=cxcywh_to_ltrb(anchors).numpy(), batch_size=24)
+    encode = partial(kernels.encode_boxes, anchors_cxcywh=anchors) if own else None
+    loader = train_loader(images, UNCHANGED, encode=encode, anchors_ltrb=cxcywh_to_ltrb(anchors).numpy(), batch_size=24)
     batch = next(loader.epoch())
     order = [images.image_ids.tolist().index(image_id) for image_id in loader.last_image_ids]
     scale = torch.tensor([width, height, width, height], dtype=torch.float64)
@@ -685,17 +709,77 @@ def test_targets_equal_the_reference_encoding(small: LabelledImages) -> None:
     assert (expected.labels > 0).sum() > 200
 
 
-def test_a_box_beyond_the_picture_by_a_rounding_error_is_accepted(tmp_path: Path) -> None:
+def test_both_encoders_give_the_same_targets_of_the_same_crops(small: LabelledImages) -> None:
+    given: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def encode(*ground_truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append(ground_truths)
+        return OWN_ENCODER(*ground_truths)
+
+    by_dali, by_kernels = train_loader(small), train_loader(small, encode=encode)
+    num_positives = num_left_out = 0
+    for (ids, one), (other_ids, other) in zip(batches(by_dali, 40), batches(by_kernels, 40), strict=True):
+        assert ids == other_ids
+        assert torch.equal(one.images, other.images)
+        boxes, labels, offsets = given.pop()
+        assert (boxes.dtype, labels.dtype, offsets.dtype) == (torch.float32, torch.int32, torch.int64)
+        for image, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            alike = ~decided_by_rounding(iou_matrix(boxes[begin:end], cxcywh_to_ltrb(ANCHORS)))
+            assert torch.equal(one.labels[image, alike], other.labels[image, alike])
+            torch.testing.assert_close(one.deltas[image, alike], other.deltas[image, alike], atol=1e-4, rtol=0)
+            num_positives += int((other.labels[image] > 0).sum())
+            num_left_out += int((~alike).sum())
+    assert num_positives > 500
+    assert num_left_out < num_positives / 10
+
+
+def test_boxes_that_a_crop_leaves_without_area_are_dropped_before_encoding() -> None:
+    table = torch.tensor([[[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 0.3, 0.9]], [[0.2, 0.8, 0.4, 0.8], [0.0, 0.0, 0.0, 0.0]]])
+    boxes, labels, offsets = _ragged(table, torch.tensor([[3, 4], [5, 0]], dtype=torch.int32), CPU)
+    assert boxes.tolist() == table[0, :1].tolist()
+    assert (labels.tolist(), offsets.tolist()) == ([3], [0, 1, 1])
+
+
+def test_the_recipe_names_the_encoder_and_auto_is_ours_on_the_cpu(synthetic_set: Path) -> None:
+    pictures = load_coco(synthetic_set / "annotations" / "instances_train2017.json", synthetic_set / "train2017")
+    states = {}
+    for setting in ("auto", "dali", "kernels"):
+        config = tiny_config([f"data.box_encoder={setting}"])
+        with make_train_loader(config, pictures, model_anchors(config.model), CPU, World()) as loader:
+            states[setting] = loader.state().partition(b"\n")[0]
+    assert b'"box encoder": "dali"' in states["dali"]
+    assert b'"box encoder": "kernels"' in states["kernels"]
+    assert states["auto"] == states["kernels"]
+    assert box_encoder("auto", torch.device("cuda")) == "dali"
+
+
+def test_in_training_ties_fall_as_in_the_mlperf_reference() -> None:
+    config = load_config(REPOSITORY / "configs" / "ssd300.toml", ["data.box_encoder=kernels"])
+    anchors, model = model_anchors(config.model), config.model
+    corners = torch.rand(64, 2, generator=torch.Generator().manual_seed(0)) * 0.98
+    boxes = torch.cat((corners, corners + 0.02), dim=1)  # so small that they lie within several anchors of an area
+    ground_truths = boxes, torch.arange(1, 65, dtype=torch.int32), torch.arange(65)
+    encode = make_encode(config, anchors)
+    assert encode is not None
+    labels = encode(*ground_truths)[1]
+    order = reference_order(grid_sizes=model.grid_sizes(), anchors_per_cell=model.anchors_per_cell())
+    assert torch.equal(labels, encode_boxes(*ground_truths, anchors, tie_ranks=order).labels)
+    assert not torch.equal(labels, encode_boxes(*ground_truths, anchors).labels)
+
+
+@both_encoders
+def test_a_box_beyond_the_picture_by_a_rounding_error_is_accepted(tmp_path: Path, encode: Encode | None) -> None:
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     images = image_set(tmp_path, [Item("a.png", (480, 640), [[20, 30, 640.0005, 480.0005, 1]])])
     assert (images.boxes_ltrb[0, 2:] > [640, 480]).all()
-    assert (next(train_loader(images).epoch()).labels > 0).any()
+    assert (next(train_loader(images, encode=encode).epoch()).labels > 0).any()
 
 
-def test_a_very_narrow_box_is_kept(tmp_path: Path) -> None:
+@both_encoders
+def test_a_very_narrow_box_is_kept(tmp_path: Path, encode: Encode | None) -> None:
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     images = image_set(tmp_path, [Item("a.png", (480, 640), [[20, 30, 20.06, 200, 1]])])
-    batch = next(train_loader(images, UNCHANGED).epoch())
+    batch = next(train_loader(images, UNCHANGED, encode=encode).epoch())
     assert (batch.labels > 0).any()
     assert batch.deltas.isfinite().all()
 

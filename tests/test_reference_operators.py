@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import Detections, decode_nms, encode_boxes, multibox_loss
-from kernels.reference import cxcywh_to_ltrb, decode_deltas, encode_deltas, iou_matrix, ltrb_to_cxcywh
+from kernels.reference import (
+    Detections,
+    cxcywh_to_ltrb,
+    decode_deltas,
+    decode_nms,
+    encode_boxes,
+    encode_deltas,
+    iou_matrix,
+    ltrb_to_cxcywh,
+    multibox_loss,
+)
 from ssd_fast.loss import multibox_loss_mean
 from ssd_fast.model import Predictions
 
