@@ -8,9 +8,10 @@
 //          2. in parallel over images: positives and their box loss; the cross-entropy of the last chosen negative by a
 //             histogram, without a sort; the sums, in order of anchors and in float64. The log-normaliser of anchors
 //             that do not count becomes +inf, which says so to the backward pass.
-// Backward: one pass over the gradient; the logits are read again only where an anchor counts.
-// Memory: the logits are read once, their gradient is written once; besides, two floats for each anchor, and a third
-// while the forward pass runs. [B, A, C] exists only as the gradient.
+// Backward: one pass over the anchors; logits are read again, and their gradient is written, only where one counts. The
+//           rest of the gradient, nearly all of it, is memory that the operating system gives out as zeros.
+// Memory: the logits are read once; besides the gradients, a float for each anchor, and three while the forward pass
+// runs. [B, A, C] exists only as the gradient.
 //
 // Ties: among equal cross-entropies the lower anchor comes first; NaN is harder than all. Deterministic, and the same
 // with any number of threads.
@@ -25,7 +26,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
@@ -148,6 +153,19 @@ void class_gradient(
 }
 
 namespace {
+
+// Zeros, where a page of memory comes into being with the first access to it: what stays zero is not written at all.
+at::Tensor zeros_on_demand(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t kWorthwhile = 1 << 20;
+  const size_t size = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (size >= kWorthwhile) {
+    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data != MAP_FAILED) {
+      return at::from_blob(data, sizes, [size](void* mapped) { munmap(mapped, size); }, options);
+    }
+  }
+  return at::zeros(sizes, options);
+}
 
 template <typename scalar_t>
 using Accumulate = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -289,7 +307,7 @@ std::tuple<at::Tensor, at::Tensor> multibox_loss_backward(
   const at::Tensor grad_box = grad_box_in.contiguous(), grad_class = grad_class_in.contiguous();
   const int64_t batch_size = logits.size(0), num_anchors = logits.size(1), num_classes = logits.size(2);
   at::Tensor grad_deltas = at::empty(deltas.sizes(), deltas.options());
-  at::Tensor grad_logits = at::empty(logits.sizes(), logits.options());
+  at::Tensor grad_logits = zeros_on_demand(logits.sizes(), logits.options());  // nearly all of it stays zero
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "multibox_loss_backward", [&] {
     using T = Accumulate<scalar_t>;
@@ -304,8 +322,6 @@ std::tuple<at::Tensor, at::Tensor> multibox_loss_backward(
     scalar_t* grad_deltas_data = grad_deltas.mutable_data_ptr<scalar_t>();
     scalar_t* grad_logits_data = grad_logits.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, batch_size * num_anchors, kAnchorsPerTask, [&](int64_t begin, int64_t end) {
-      // nearly all of it stays zero, and one long fill is faster than many short ones
-      std::fill(grad_logits_data + begin * num_classes, grad_logits_data + end * num_classes, scalar_t(0));
       for (int64_t anchor = begin; anchor < end; ++anchor) {
         const int64_t image = anchor / num_anchors;
         const int32_t label = labels_data[anchor];
