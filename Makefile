@@ -1,5 +1,7 @@
 # make demo   environment, synthetic data, training, evaluation, pictures: everything once, in minutes, on two CPU cores
 # make test   the test suite
+# make horovod   Horovod, from its source against this PyTorch; a wheel is kept, so that the next time takes seconds
+# make slurm   as root, on Debian and its kin: Slurm, whose tests start a cluster of their own, and are skipped without it
 # make sanitize   the tests of the CPU operators under the compiler's sanitizers
 # Each target makes .venv first when it is missing or when what it was made from has changed.
 
@@ -18,7 +20,7 @@ DEMO := output/demo
 SANITIZED := build/sanitized
 KERNEL_SOURCES := $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test sanitize lint clean install gpu-check
+.PHONY: demo test horovod slurm sanitize lint clean install gpu-check
 
 install: $(VENV)/installed
 
@@ -40,7 +42,17 @@ demo: install
 	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/pictures "$${pictures[@]:0:24}"
 	echo "look at $(DEMO)/run: detections.png, curves.png, precision_recall.png and pictures/"
 
-test: install
+horovod: $(VENV)/horovod
+
+$(VENV)/horovod: $(VENV)/installed build_horovod.sh
+	@./build_horovod.sh $(BIN)/python
+	touch $@
+
+slurm:
+	@export DEBIAN_FRONTEND=noninteractive
+	dpkg -s slurm-wlm munge >/dev/null 2>&1 || { apt-get update -qq; apt-get install -qq --no-install-recommends slurm-wlm munge; }
+
+test: install horovod
 	@$(BIN)/python -m pytest -n auto
 
 # Memory errors and undefined behaviour of the CPU operators. The sanitizers' libraries must be loaded first, and with

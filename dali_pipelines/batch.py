@@ -1,10 +1,14 @@
 """The data contract between the pipelines and everything that consumes them."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # reading annotations, in a process of its own, does not wait for torch
+    from torch import Tensor
 
 
 class LabelledImages(NamedTuple):

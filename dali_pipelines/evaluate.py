@@ -13,8 +13,8 @@ from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, 
 class EvalLoader:
     """Iterates over this rank's share of the pictures, as often as wanted, each picture once per pass.
 
-    images: the pictures of all ranks, of which rank r takes the r-th of world_size contiguous parts (one may be empty).
-        Ground truths are not used.
+    images: the pictures of all ranks, in batches of which rank r takes number r, r + world_size, … (maybe none at all):
+        every picture is computed beside the same others as on one rank alone. Ground truths are not used.
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank; the last batch of a pass may be smaller.
     prefetch_batches: batches prepared ahead, at least 1.
@@ -42,7 +42,8 @@ class EvalLoader:
         self._num_threads = num_threads
         self._prefetch_batches = prefetch_batches
         self._apply_orientation = apply_orientation
-        shard = np.array_split(np.arange(len(images.file_names)), world_size)[rank]
+        num_images = len(images.file_names)
+        shard = np.flatnonzero(np.arange(num_images) // batch_size % world_size == rank)
         self._paths = [str(images.image_dir / images.file_names[index]) for index in shard]
         self._image_ids = torch.from_numpy(images.image_ids[shard])
         self._sizes_hw = torch.from_numpy(images.sizes_hw[shard])

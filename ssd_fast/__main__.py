@@ -3,17 +3,20 @@
 import enum
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ssd_fast.config import load_config
+from ssd_fast.config import DistributedConfig, load_config
+
+NOT_REACHED = 3  # exit status of `evaluate --target`; 1 is an error, 2 a mistyped command
 
 # Verbs import what they need when they run: help and a mistyped recipe do not wait for torch.
 
 app = typer.Typer(
-    help="SSD-ResNet34 object detection on COCO: train, evaluate, detect.",
+    help="SSD-ResNet34 object detection on COCO: train, evaluate, detect, benchmark.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,11 +47,15 @@ def train(
     """Train a detector; checkpoints, records and pictures go to a folder."""
     recipe = load_config(config, overrides or ())
 
+    from ssd_fast import distributed
     from ssd_fast.train import train as train_run
 
-    outcome = train_run(recipe, data, output, resume=resume)
+    with distributed.connect(recipe.distributed) as world:
+        outcome = train_run(recipe, data, output, resume=resume, world=world)
     if outcome.stopped_by:
-        raise typer.Exit(128 + outcome.stopped_by)
+        raise typer.Exit(0 if distributed.launched_by_slurm() else 128 + outcome.stopped_by)
+    if not world.is_main:
+        return
     target = recipe.evaluation.target_map
     reached = f" (target {target:g} {'reached' if outcome.reached_target else 'not reached'})" if target < 1 else ""
     print(f"best mAP {outcome.best_map:.4f}{reached}; everything about the run is in {output}")
@@ -65,35 +72,68 @@ def evaluate(
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Print the average precision of each class, too.")
     ] = False,
+    only_annotated: Annotated[
+        bool, typer.Option("--only-annotated", help="Leave pictures without annotations out, as the MLPerf reference.")
+    ] = False,
+    with_timing: Annotated[bool, typer.Option("--timing", help="Print where the time went, too.")] = False,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            min=-1, max=1, help=f"COCO mAP to reach, else the exit status is {NOT_REACHED}.", show_default=False
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Score a detector on the validation pictures: COCO's twelve numbers."""
+    start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
 
-    from ssd_fast import coco_eval, dataset, distributed, inference, progress
+    from ssd_fast import coco_eval, dataset, distributed, inference, progress, timing
 
     progress.setup_logging(None)
-    device = distributed.World().device()
-    categories = dataset.read_categories(data / given.data.val_annotations) if given else None
-    detector, recipe = inference.load_detector(
-        checkpoint, device, config=given, overrides=overrides or (), categories=categories
-    )
-    val_set = dataset.load_coco(
-        data / recipe.data.val_annotations,
-        data / recipe.data.val_images,
-        bad_images=recipe.data.bad_images,
-        bad_boxes=recipe.data.bad_boxes,
-    )
-    loader = inference.make_eval_loader(recipe, val_set.images, device)
-    scores, table = detector.evaluate(progress.track(loader, "evaluating", total=len(loader)), val_set)
+    with distributed.connect(given.distributed if given else DistributedConfig()) as world:
+        device = world.device()
+        categories = dataset.read_categories(data / given.data.val_annotations) if given else None
+        detector, recipe = inference.load_detector(
+            checkpoint, device, config=given, overrides=overrides or (), categories=categories
+        )
+        val_set = dataset.load_coco(
+            data / recipe.data.val_annotations,
+            data / recipe.data.val_images,
+            only_annotated=only_annotated,
+            bad_images=recipe.data.bad_images,
+            bad_boxes=recipe.data.bad_boxes,
+        )
+        loader = inference.make_eval_loader(recipe, val_set.images, device, world=world)
+        timeline = timing.Timeline(device, start_s)
+        timeline.settle("load")
+        batches = progress.track(loader, "evaluating", total=len(loader))
+        table = detector.detect_set(batches, val_set, world, timeline)
+        timeline.settle("collecting")
+    if not world.is_main:
+        return
+    category_ids = detector.category_ids_in(val_set).tolist()
+    scores = coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)
+    timeline.settle("scoring")
     if output is not None:
         coco_eval.write_results(table, output)
+    if with_timing:
+        size = recipe.model.image_size
+        print(f"{timing.device_name(device)}, {str(detector.dtype).removeprefix('torch.')}, {size} x {size} pixels")
+        report = timing.format_report(
+            timeline.parts(), num_images=len(val_set.images.file_names), batch_size=recipe.evaluation.batch_size
+        )
+        print(report, end="\n\n")
     print(coco_eval.format_scores(scores, per_class=per_class))
+    if target is not None:
+        reached = scores.map >= target
+        print(f"mAP {scores.map:.5f}, target {target:g}: {'reached' if reached else 'not reached'}")
+        raise typer.Exit(0 if reached else NOT_REACHED)
 
 
 @app.command()
 def detect(
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.", show_default=False)],
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures, folders of them, or patterns.", show_default=False)],
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="Folder for annotated copies and detections.json.", show_default=False)],
     config: OwnConfigOption = None,
@@ -109,7 +149,7 @@ def detect(
     """Detect objects on pictures: annotated copies and one JSON file."""
     given = load_config(config, overrides or ()) if config else None
 
-    from ssd_fast import dataset, distributed, inference, progress
+    from ssd_fast import dataset, distributed, inference, progress, timing
     from ssd_fast.detect import detect_pictures
 
     progress.setup_logging(None)
@@ -119,8 +159,43 @@ def detect(
         checkpoint, device, config=given, overrides=overrides or (), categories=categories
     )
     found = dataset.find_pictures(pictures, bad_images=recipe.data.bad_images)
-    detect_pictures(detector, recipe, found, output, device=device, drawn_score=drawn_score)
+    timeline = detect_pictures(detector, recipe, found, output, device=device, drawn_score=drawn_score)
+    print(timing.format_line(timeline.parts(), num_images=len(found.file_names)))
     print(f"{len(found.file_names)} pictures: annotated copies and detections.json are in {output}")
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointOption,
+    output: Annotated[Path, typer.Option(help="ONNX file to write.", show_default=False)],
+    config: OwnConfigOption = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="COCO JSON with the class names, for weights of the MLPerf reference.", show_default=False),
+    ] = None,
+    with_decode: Annotated[
+        bool, typer.Option("--with-decode", help="With decoding and non-maximum suppression: detections come out.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Write a detector as ONNX; where onnxruntime is installed, compare it with PyTorch before."""
+    given = load_config(config, overrides or ()) if config else None
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: expected a file in a folder that exists")
+
+    import torch
+
+    from ssd_fast import dataset, files, inference
+    from ssd_fast.export import check_onnx, to_onnx
+
+    categories = dataset.read_categories(annotations) if annotations else None
+    detector, _ = inference.load_detector(
+        checkpoint, torch.device("cpu"), config=given, overrides=overrides or (), categories=categories
+    )
+    content = to_onnx(detector, with_decode=with_decode)
+    checked = check_onnx(content, detector, with_decode=with_decode)
+    files.write_atomically(output, content)
+    print(f"{output}: {len(content) / 1e6:.1f} MB; {checked or 'not compared with PyTorch: onnxruntime is missing'}")
 
 
 class Stage(enum.StrEnum):
@@ -131,7 +206,7 @@ class Stage(enum.StrEnum):
 
 @app.command()
 def profile(
-    config: Annotated[Path, typer.Option(help="Recipe (TOML).", show_default=False)],
+    config: Annotated[list[Path], typer.Option(help="Recipe (TOML); may be repeated.", show_default=False)],
     stage: Annotated[Stage, typer.Option(help="What to measure.")] = Stage.KERNELS,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Pictures at a time; left out, 8 on a CPU, 128 (32) on a GPU.")
@@ -143,7 +218,7 @@ def profile(
     overrides: SetOption = None,
 ) -> None:
     """Time the operators beside plain PyTorch, torchvision and DALI, on the same input."""
-    recipe = load_config(config, overrides or ())
+    recipes = [load_config(path, overrides or ()) for path in config]
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file}: expected a file in a folder that exists")
 
@@ -151,7 +226,7 @@ def profile(
 
     assert stage is Stage.KERNELS
     environment, measured = kernel_profile.profile_kernels(
-        recipe, distributed.World().device(), batch_size=batch_size, repeats=repeats
+        recipes, distributed.World().device(), batch_size=batch_size, repeats=repeats
     )
     print(kernel_profile.format_environment(environment), kernel_profile.format_header(), sep="\n\n")
     rows = []
@@ -161,6 +236,111 @@ def profile(
     print("\n" + kernel_profile.format_legend())
     if json_file is not None:
         files.write_atomically(json_file, kernel_profile.to_json(environment, rows).encode())
+
+
+@app.command()
+def scaling(
+    timeline: Annotated[Path, typer.Option(help="What HOROVOD_TIMELINE named in a run.", show_default=False)],
+    cluster: Annotated[str, typer.Option(help="Whose figures to assume: c4140, dgx_a100 or h200.")] = "c4140",
+    run: Annotated[
+        list[str] | None,
+        typer.Option("--run", metavar="GPUSxBATCH", help="GPUs and pictures per GPU, in place of the cluster's own."),
+    ] = None,
+    fp16_compression: Annotated[
+        bool, typer.Option("--fp16-compression", help="With gradients of 2 bytes per element.")
+    ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option("--assume", metavar="FIGURE=VALUE", help="Another value of an assumed figure; may be repeated."),
+    ] = None,
+) -> None:
+    """Estimate what many GPUs reach, and which term limits them, from gradients measured in a small run."""
+    from ssd_fast import scaling as model
+
+    if cluster not in model.CLUSTERS:
+        raise ValueError(f"--cluster {cluster}: expected one of {', '.join(model.CLUSTERS)}")
+    assumed = model.change_cluster(model.CLUSTERS[cluster], assume or ())
+    runs = [model.parse_run(text) for text in run or ()] or assumed.runs
+    measured = model.measure(model.read_timeline(timeline))
+    size = 2 if fp16_compression else 4
+    print(model.format_measured(measured))
+    print(model.format_assumed(assumed, bytes_per_element=size))
+    print(model.format_table(assumed, runs, measured.gradients, bytes_per_element=size))
+
+
+class Scenario(enum.StrEnum):
+    """MLPerf's scenarios, by LoadGen's names."""
+
+    OFFLINE = "Offline"
+    SINGLE_STREAM = "SingleStream"
+    SERVER = "Server"
+    MULTI_STREAM = "MultiStream"
+
+
+@app.command()
+def benchmark(
+    scenario: Annotated[Scenario, typer.Option(help="What LoadGen measures.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for LoadGen's logs.", show_default=False)],
+    config: OwnConfigOption = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint, or weights of the MLPerf reference; left out, random weights.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data folder in COCO's layout; left out, random pictures.", show_default=False),
+    ] = None,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="Detect every picture, and score what LoadGen logs.")
+    ] = False,
+    find_load: Annotated[
+        bool, typer.Option("--find-load", help="Search for the highest load of Server, from benchmark.server_qps up.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Measure a detector with MLPerf LoadGen; the exit status is 1 if the result is not valid."""
+    if accuracy and (data is None or checkpoint is None):
+        raise ValueError("--accuracy: expected --data and --checkpoint, too")
+    if find_load and (accuracy or scenario is not Scenario.SERVER):
+        raise ValueError("--find-load: expected --scenario Server without --accuracy")
+    given = load_config(config, overrides or ()) if config else None
+
+    from ssd_fast import coco_eval, dataset, distributed, inference, loadgen, progress
+
+    progress.setup_logging(None)
+    device = distributed.World().device()
+    categories = loadgen.NUMBERED_CATEGORIES
+    if data is not None and given is not None:
+        categories = dataset.read_categories(data / given.data.val_annotations)
+    if checkpoint is not None:
+        detector, recipe = inference.load_detector(
+            checkpoint, device, config=given, overrides=overrides or (), categories=categories
+        )
+    elif given is not None:
+        detector, recipe = inference.make_random_detector(given, categories, device), given
+    else:
+        raise ValueError("expected --checkpoint, or --config for a network of random weights")
+    val_set = None
+    if data is not None:
+        val_set = dataset.load_coco(
+            data / recipe.data.val_annotations,
+            data / recipe.data.val_images,
+            bad_images=recipe.data.bad_images,
+            bad_boxes=recipe.data.bad_boxes,
+        )
+    mode: loadgen.Mode = "accuracy" if accuracy else "find-load" if find_load else "performance"
+    measured = loadgen.run(
+        detector, recipe, scenario=scenario.value, mode=mode, coco_set=val_set, output=output, device=device
+    )
+    print(loadgen.format_measured(measured, recipe.benchmark))
+    if accuracy and val_set is not None:
+        table = loadgen.read_accuracy_log(output / loadgen.ACCURACY_LOG, val_set)
+        category_ids = detector.category_ids_in(val_set).tolist()
+        print(coco_eval.format_scores(coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)))
+    if not measured.is_valid():
+        raise typer.Exit(1)
 
 
 @app.command()

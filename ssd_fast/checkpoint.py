@@ -16,7 +16,7 @@ from ssd_fast.weights import read_torch_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "ssd_fast checkpoint 1"
+FORMAT = "ssd_fast checkpoint 2"
 BEST = "best.pt"
 _NUMBERED = re.compile(r"step_(\d{9})\.pt")
 
@@ -30,6 +30,7 @@ class Checkpoint(NamedTuple):
 
     config, categories: of the run. model: state dict of ssd_fast.model.SSD.
     optimizer, scaler, rng: their state dicts; rng holds torch's generators.
+    model's BatchNorm statistics are the means of all ranks'; statistics holds each rank's own, one [N] float32 each.
     loader: state of the input pipeline of each rank, one uint8 tensor each.
     step: steps done. scores: the twelve COCO numbers of each evaluated epoch (from 1), by epoch.
     """
@@ -40,6 +41,7 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     rng: dict[str, Any]
+    statistics: list[torch.Tensor]
     loader: list[torch.Tensor]
     step: int
     steps_per_epoch: int

@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Range = tuple[PositiveFloat, PositiveFloat]
+Percentile = Literal[50, 90, 95, 97, 99]
 
 
 class ConfigError(ValueError):
@@ -198,6 +199,8 @@ class OptimizerConfig(_Section):
     decay_factor: Annotated[float, Field(gt=0, le=1)]
     clip_norm: PositiveFloat | None = None
     """Largest L2 norm of the gradient; left out, no clipping."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """Whose fused SGD it is, PyTorch's or NVIDIA apex's (GPU only)."""
 
     @model_validator(mode="after")
     def _epochs_ascend(self) -> Self:
@@ -268,6 +271,59 @@ class DetectionConfig(_Section):
     """Best boxes of a picture that are kept."""
 
 
+class DistributedConfig(_Section):
+    """How several processes train together; one alone has no use for it."""
+
+    fp16_compression: bool = False
+    """Whether gradients travel as float16; their means are then less exact."""
+    gradient_predivide: PositiveFloat = 1.0
+    """Gradients are divided by this before they are added up over the ranks, and by size / this after it; a half of
+    float16's range is saved by the square root of the number of ranks."""
+    batch_norm_group: Literal[1, 2, 4, 8] = 1
+    """Neighbouring ranks over which BatchNorm takes its statistics (apex's groupbn; GPUs of one node, fp16): for few
+    pictures per rank."""
+    timeout_s: Annotated[float, Field(ge=5)] = 300.0
+    """Seconds after which a rank that is lost or hangs ends the run."""
+
+
+class BenchmarkConfig(_Section):
+    """MLPerf LoadGen's settings. The defaults are those of MLPerf Inference v2.0, the last round with this detector.
+
+    Source: that round's mlperf.conf and inference_rules.adoc.
+    """
+
+    performance_samples: PositiveInt = 64
+    """Pictures that are held in memory and asked for at random when performance is measured."""
+    min_duration_s: Annotated[float, Field(ge=0)] = 600.0
+    """Least duration of a valid run, seconds."""
+    single_stream_min_queries: PositiveInt = 1024
+    """Least number of queries, one picture each and one at a time."""
+    single_stream_percentile: Percentile = 90
+    """Percentile of the latency that is the result."""
+    multi_stream_min_queries: PositiveInt = 270336
+    """Least number of queries, one at a time."""
+    multi_stream_samples: PositiveInt = 8
+    """Pictures of a query; they are one batch."""
+    multi_stream_percentile: Percentile = 99
+    """Percentile of a query's latency that is the result."""
+    server_min_queries: PositiveInt = 270336
+    """Least number of queries, one picture each, which come at random times."""
+    server_percentile: Percentile = 99
+    """Percentile of the latency that must not exceed the bound."""
+    server_latency_ms: PositiveFloat = 100.0
+    """The bound, milliseconds."""
+    server_qps: PositiveFloat = 1.0
+    """Queries a second: the load that a run claims, and the one from which --find-load goes up."""
+    server_batch_size: PositiveInt = 8
+    """Most queries that are computed together; twice the time of such a batch should lie within the bound."""
+    offline_min_samples: PositiveInt = 24576
+    """Least number of pictures, all in one query."""
+    offline_batch_size: PositiveInt = 32
+    """Pictures that are computed together."""
+    offline_qps: PositiveFloat | None = None
+    """Expected pictures a second, from which follows how many there are; left out, measured before."""
+
+
 class Config(_Section):
     """A whole run."""
 
@@ -278,6 +334,8 @@ class Config(_Section):
     training: TrainingConfig
     evaluation: EvaluationConfig
     detection: DetectionConfig
+    distributed: DistributedConfig = DistributedConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -4,6 +4,8 @@ Everything that can be wrong with annotations or pictures is found here, before 
 rely on boxes inside their pictures, known labels and decodable files.
 """
 
+import glob
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -98,6 +100,7 @@ def load_coco(
     *,
     classes: Sequence[str] | None = None,
     with_crowds: bool = False,
+    only_annotated: bool = False,
     bad_images: Policy = "error",
     bad_boxes: Policy = "skip",
 ) -> CocoSet:
@@ -106,10 +109,14 @@ def load_coco(
     annotation_file: COCO instances JSON. image_dir: folder of its pictures.
     classes: category names in label order; None takes all categories, in the order of their ids.
     with_crowds: whether boxes with iscrowd = 1 count as ground truths.
+    only_annotated: whether pictures without any annotation are left out, as the MLPerf reference does.
     bad_images, bad_boxes: "error" raises at the first; "skip" leaves them out and logs how many and which.
     Raises DataError for a missing or malformed file, ids that repeat or refer to nothing, and an empty set.
     """
     instances = _read_instances(annotation_file)
+    if only_annotated:
+        annotated = {annotation.image_id for annotation in instances.annotations}
+        instances.images = [image for image in instances.images if image.id in annotated]
     categories = _select_categories(instances.categories, classes, annotation_file)
     image_ids = np.array([image.id for image in instances.images], dtype=np.int64)
     if len(image_ids) == 0:
@@ -166,11 +173,11 @@ def read_categories(annotation_file: Path) -> tuple[Category, ...]:
 def find_pictures(paths: Iterable[Path], *, bad_images: Policy) -> LabelledImages:
     """Pictures to detect on, without ground truths; image_ids count from 0, sizes_hw are those after EXIF rotation.
 
-    paths: files, or folders whose pictures (by file name ending) are all taken.
+    paths: files, folders whose pictures (by file name ending) are all taken, or patterns of files (*, ?, [ ] and **).
     Raises DataError for a path that is not there, a folder without pictures and, under "error", an unusable picture.
     """
     files: list[Path] = []
-    for path in paths:
+    for path in itertools.chain.from_iterable(map(_matching, paths)):
         if path.is_dir():
             found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
             if not found:
@@ -179,7 +186,7 @@ def find_pictures(paths: Iterable[Path], *, bad_images: Policy) -> LabelledImage
         elif path.exists():
             files.append(path)
         else:
-            raise DataError(f"{path}: no such file or folder")
+            raise DataError(f"{path}: no such file or folder, and no file matches it as a pattern")
     inspected = _in_threads(_inspect_upright, files)
     _apply_policy([item for item in inspected if isinstance(item, str)], bad_images, "pictures", "bad_images")
     kept = [(file, item) for file, item in zip(files, inspected, strict=True) if not isinstance(item, str)]
@@ -194,6 +201,13 @@ def find_pictures(paths: Iterable[Path], *, bad_images: Policy) -> LabelledImage
         labels=np.zeros(0, dtype=np.int32),
         offsets=np.zeros(len(kept) + 1, dtype=np.int64),
     )
+
+
+def _matching(path: Path) -> list[Path]:
+    """The path itself if it is there, or if no file matches it as a pattern; else those files, by name."""
+    if path.exists():
+        return [path]
+    return sorted(file for name in glob.iglob(str(path), recursive=True) if (file := Path(name)).is_file()) or [path]
 
 
 def inspect_pictures(paths: Sequence[Path], sizes_hw: np.ndarray) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ssd_fast.config import Config
 from ssd_fast.files import write_atomically
 from ssd_fast.inference import Detector, make_eval_loader
 from ssd_fast.progress import track
+from ssd_fast.timing import Timeline
 from ssd_fast.visualize import draw_detections
 
 RESULTS = "detections.json"
@@ -27,7 +29,7 @@ def detect_pictures(
     *,
     device: torch.device,
     drawn_score: float,
-) -> None:
+) -> Timeline:
     """Writes an annotated copy of every picture to a folder, and all detections to detections.json in it.
 
     The JSON is a list with an object per picture: file, annotated (its copy), width and height (pixels, after EXIF
@@ -35,11 +37,15 @@ def detect_pictures(
 
     pictures: as find_pictures gives them.
     drawn_score: detections under this probability are in the JSON only.
+    Returns where the time went.
     """
+    timeline = Timeline(device, time.perf_counter())
     output.mkdir(parents=True, exist_ok=True)
     loader = make_eval_loader(config, pictures, device, apply_orientation=True)
-    table = detector.detect_all(track(loader, "detecting", total=len(loader)))
+    timeline.settle("preparing")
+    table = detector.detect_all(track(loader, "detecting", total=len(loader)), timeline=timeline)
     loader.close()
+    timeline.settle("collecting")
     names = {category.id: category.name for category in detector.categories}
     results = []
     for index, copy_name in enumerate(track(_copy_names(pictures.file_names), "drawing")):
@@ -67,6 +73,8 @@ def detect_pictures(
             class_names=list(names.values()),
         )
     write_atomically(output / RESULTS, json.dumps(results, indent=1).encode())
+    timeline.settle("drawing")
+    return timeline
 
 
 def _write_annotated(

@@ -13,11 +13,12 @@ from dali_pipelines.batch import EvalBatch, LabelledImages
 from dali_pipelines.evaluate import EvalLoader
 from ssd_fast.anchors import model_anchors
 from ssd_fast.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
-from ssd_fast.coco_eval import CocoScores, DetectionTable, score
+from ssd_fast.coco_eval import DetectionTable
 from ssd_fast.config import Config, DetectionConfig, override_config
 from ssd_fast.dataset import Category, CocoSet, DataError
-from ssd_fast.distributed import usable_cores
+from ssd_fast.distributed import World, usable_cores
 from ssd_fast.model import SSD, on_device
+from ssd_fast.timing import DECODING, MODEL, PREPROCESSING, Timeline
 from ssd_fast.weights import load_weights, read_torch_file
 
 
@@ -51,14 +52,19 @@ class Detector:
         self.dtype = dtype
 
     @torch.inference_mode()
-    def detect(self, images: Tensor) -> kernels.Detections:
-        """Detections of a batch of normalised images [B, 3, S, S]; the model's mode (train, eval) is restored after."""
+    def detect(self, images: Tensor, timeline: Timeline | None = None) -> kernels.Detections:
+        """Detections of a batch of normalised images [B, 3, S, S]; the model's mode (train, eval) is restored after.
+
+        timeline: gets the laps MODEL and DECODING.
+        """
         was_training = self.model.training
         self.model.eval()
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             predictions = self.model(images if self.dtype != torch.float32 else images.float())
         self.model.train(was_training)
-        return kernels.decode_nms(
+        if timeline is not None:
+            timeline.lap(MODEL)
+        detections = kernels.decode_nms(
             predictions.deltas,
             predictions.logits,
             self.anchors_cxcywh,
@@ -67,25 +73,44 @@ class Detector:
             max_per_class=self.detection.max_per_class,
             max_detections=self.detection.max_detections,
         )
+        if timeline is not None:
+            timeline.lap(DECODING)
+        return detections
 
-    def detect_all(self, batches: Iterable[EvalBatch], category_ids: np.ndarray | None = None) -> DetectionTable:
+    def detect_all(
+        self,
+        batches: Iterable[EvalBatch],
+        category_ids: np.ndarray | None = None,
+        timeline: Timeline | None = None,
+    ) -> DetectionTable:
         """Detections of many pictures in pixels, read from the device once, at the end.
 
         category_ids: [K] int64, the id to report for label k + 1; left out, the categories' own.
+        timeline: gets the laps PREPROCESSING (which for the most part runs beside the model), MODEL and DECODING.
         """
         found, image_ids, sizes_hw = [], [], []
         for batch in batches:
-            found.append(self.detect(batch.images))
+            if timeline is not None:
+                timeline.lap(PREPROCESSING)
+            found.append(self.detect(batch.images, timeline))
             image_ids.append(batch.image_ids)
             sizes_hw.append(batch.sizes_hw)
         if category_ids is None:
             category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
         return _to_table(found, image_ids, sizes_hw, category_ids)
 
-    def evaluate(self, batches: Iterable[EvalBatch], coco_set: CocoSet) -> tuple[CocoScores, DetectionTable]:
-        """COCO scores over all pictures of a set's annotation file, and the detections they come from.
+    def detect_set(
+        self, batches: Iterable[EvalBatch], coco_set: CocoSet, world: World, timeline: Timeline | None = None
+    ) -> DetectionTable:
+        """On rank 0 the detections of all ranks' batches, in the order of the set; elsewhere those of its own alone."""
+        table = self.detect_all(batches, self.category_ids_in(coco_set), timeline)
+        tables = world.gather(table)
+        return _merge(tables, coco_set.images.image_ids) if world.is_main else table
 
-        Raises DataError when the set lacks a category that the network detects.
+    def category_ids_in(self, coco_set: CocoSet) -> np.ndarray:
+        """[K] int64, the ids that a set gives the network's categories.
+
+        Raises DataError when the set lacks one.
         """
         ids = {category.name: category.id for category in coco_set.categories}
         missing = [category.name for category in self.categories if category.name not in ids]
@@ -94,16 +119,14 @@ class Detector:
                 f"{coco_set.annotation_file}: lacks the categories {missing}, which the network detects: expected all "
                 f"of {[category.name for category in self.categories]}"
             )
-        category_ids = np.array([ids[category.name] for category in self.categories], dtype=np.int64)
-        table = self.detect_all(batches, category_ids)
-        return score(coco_set.annotation_file, table, category_ids=category_ids.tolist()), table
+        return np.array([ids[category.name] for category in self.categories], dtype=np.int64)
 
 
 def _to_table(
     found: list[kernels.Detections], image_ids: list[Tensor], sizes_hw: list[Tensor], category_ids: np.ndarray
 ) -> DetectionTable:
-    if not found:
-        raise DataError("no pictures to detect on")
+    if not found:  # a rank may have no batch
+        return DetectionTable(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0), np.empty(0, np.int64))
     boxes = torch.cat([item.boxes_ltrb for item in found]).cpu().double().numpy()  # [N, D, 4]
     scores = torch.cat([item.scores for item in found]).cpu().double().numpy()
     labels = torch.cat([item.labels for item in found]).cpu().numpy()
@@ -120,13 +143,28 @@ def _to_table(
     )
 
 
+def _merge(tables: list[DetectionTable], image_ids: np.ndarray) -> DetectionTable:
+    """One table of many, sorted by the position of the image; within an image rows keep their order."""
+    table = DetectionTable(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
+    order = np.argsort(image_ids)
+    positions = order[np.searchsorted(image_ids[order], table.image_ids)]
+    rows = np.argsort(positions, kind="stable")
+    return DetectionTable(*(column[rows] for column in table))
+
+
 def make_eval_loader(
-    config: Config, images: LabelledImages, device: torch.device, *, apply_orientation: bool = False
+    config: Config,
+    images: LabelledImages,
+    device: torch.device,
+    *,
+    world: World | None = None,
+    apply_orientation: bool = False,
 ) -> EvalLoader:
-    """A pass over pictures, in their order.
+    """A pass over pictures, in their order, or over this rank's share of them.
 
     apply_orientation: whether EXIF rotation is applied; a data set's boxes refer to the stored pixels, without it.
     """
+    world = world or World()
     return EvalLoader(
         images=images,
         image_size=config.model.image_size,
@@ -134,6 +172,8 @@ def make_eval_loader(
         device=device,
         num_threads=config.data.num_threads or usable_cores(),
         prefetch_batches=config.data.prefetch_batches,
+        rank=world.rank,
+        world_size=world.size,
         apply_orientation=apply_orientation,
     )
 
@@ -170,11 +210,21 @@ def load_detector(
         load_weights(model, weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    detector = Detector(
+    return make_detector(model, config, categories, device), config
+
+
+def make_detector(model: SSD, config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:
+    """A detector of a network, which is moved to the device."""
+    return Detector(
         on_device(model, device).eval(),
         model_anchors(config.model).to(device),
         detection=config.detection,
         categories=categories,
         dtype=compute_dtype(config.training.precision, device),
     )
-    return detector, config
+
+
+def make_random_detector(config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:
+    """A detector of random weights, which detects nothing in particular: its time can be measured."""
+    torch.manual_seed(config.training.seed)
+    return make_detector(SSD(config.model, num_classes=len(categories)), config, categories, device)

@@ -11,21 +11,19 @@ work queued ahead of the host; except for DALI, whose own stream the host waits 
 import ctypes
 import json
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import kernels
-from ssd_fast.anchors import make_anchors, model_anchors
+from ssd_fast.anchors import model_anchors
 from ssd_fast.config import Config
-from ssd_fast.distributed import usable_cores
 from ssd_fast.kernel_cases import DIFFERENCE_UNITS, ORACLE, OURS, Case, Implementation, make_cases
+from ssd_fast.timing import device_name
 
 _MIN_REPEATS, _SECONDS_EACH = 3, 1.0
 _COPIED_BYTES = 2**28
@@ -83,31 +81,30 @@ class Environment(NamedTuple):
 
 
 def profile_kernels(
-    config: Config, device: torch.device, *, batch_size: int | None, repeats: int
+    configs: Sequence[Config], device: torch.device, *, batch_size: int | None, repeats: int
 ) -> tuple[Environment, Iterator[Row]]:
-    """Rows as they are measured, with the anchors of a configuration and those of the benchmark at 1200 pixels.
+    """Rows as they are measured, with the anchors of each configuration.
 
     batch_size: left out, 8 on the CPU; on a GPU 128, and 32 for more than 10,000 anchors.
     repeats: of every implementation; fewer, but at least three, of what takes longer than a second in all.
     Raises ProfileError when a result is not the oracle's.
     """
     environment = Environment(
-        device=_device_name(device),
+        device=device_name(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         kernels_cuda=kernels.cuda_build(),
         dtype="float32" if device.type == "cpu" else "float16",
         copy_bytes_per_s=_copy_rate(device),
     )
-    return environment, _rows(config, device, batch_size, repeats, environment.copy_bytes_per_s)
+    return environment, _rows(configs, device, batch_size, repeats, environment.copy_bytes_per_s)
 
 
 def _rows(
-    config: Config, device: torch.device, batch_size: int | None, repeats: int, copy_rate: float
+    configs: Sequence[Config], device: torch.device, batch_size: int | None, repeats: int, copy_rate: float
 ) -> Iterator[Row]:
-    anchor_sets = {len(anchors): anchors for anchors in (model_anchors(config.model), _anchors_at_1200())}
-    for num_anchors, anchors_cxcywh in anchor_sets.items():
-        usual = 8 if device.type == "cpu" else 32 if num_anchors > 10_000 else 128
+    for anchors_cxcywh in (model_anchors(config.model) for config in configs):
+        usual = 8 if device.type == "cpu" else 32 if len(anchors_cxcywh) > 10_000 else 128
         for case in make_cases(anchors_cxcywh.to(device), batch_size=batch_size or usual):
             yield from measure(case, device, repeats=repeats, copy_rate=copy_rate)
 
@@ -293,22 +290,3 @@ def _times(samples_s: list[float], *, ours_s: float, copy_s: float) -> Times | N
         ratio=median / ours_s,
         copy_share=copy_s / median,
     )
-
-
-def _anchors_at_1200() -> Tensor:
-    """The 15,130 anchors of the MLPerf benchmark of inference."""
-    return make_anchors(
-        image_size=1200,
-        grid_sizes=(50, 25, 13, 7, 3, 3),
-        steps=(24, 48, 92, 171, 400, 400),
-        scales=(84, 180, 396, 612, 828, 1044, 1260),
-        aspect_ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in cpu_info if line.startswith("model name")), None)
-    return f"{model or platform.machine()}, {usable_cores()} cores"

@@ -52,6 +52,7 @@ class MlperfLog:
         self._events = MLLogger(self._logger, default_stack_offset=_CALLER, root_dir=re.escape(str(_PROJECT_ROOT)))
         self._evaluation_epochs: list[int] = []
         self._block_epoch: int | None = None
+        self._evaluated_blocks: dict[int, int | None] = {}
 
     def init_start(
         self,
@@ -144,15 +145,16 @@ class MlperfLog:
         self._events.end(constants.EPOCH_STOP, metadata={constants.EPOCH_NUM: epoch})
 
     def eval_start(self, epoch: int) -> None:
-        """Says that the evaluation after an epoch begins."""
+        """Says that the evaluation after an epoch begins; the next epoch, and block, may start before it is over."""
+        self._evaluated_blocks[epoch], self._block_epoch = self._block_epoch, None
         self._events.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
 
     def eval_stop(self, epoch: int, mean_ap: float) -> None:
         """Gives the COCO mAP (IoU 0.5 to 0.95, a fraction) of the evaluation after an epoch, and ends the block."""
         self._events.event(constants.EVAL_ACCURACY, mean_ap, metadata={constants.EPOCH_NUM: epoch})
         self._events.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch})
-        self._events.end(constants.BLOCK_STOP, metadata={constants.FIRST_EPOCH_NUM: self._block_epoch})
-        self._block_epoch = None
+        first_epoch = self._evaluated_blocks.pop(epoch)
+        self._events.end(constants.BLOCK_STOP, metadata={constants.FIRST_EPOCH_NUM: first_epoch})
 
     def run_stop(self, *, success: bool) -> None:
         """Says that the run is over and whether it reached its target; the clock of the time to train stops."""

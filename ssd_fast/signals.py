@@ -1,17 +1,24 @@
 """Asking a run to stop: Ctrl-C, and the SIGTERM of batch systems."""
 
 import signal
+import time
 from types import FrameType, TracebackType
+
+_SAME_MOMENT_S = 1.0
 
 
 class StopRequest:
-    """As a context manager, takes the first SIGINT or SIGTERM as a wish to stop; a second acts as usual.
+    """As a context manager, takes the first SIGINT or SIGTERM as a wish to stop; one that comes later acts as usual.
+
+    What comes within the same moment is the first once more: Slurm signals every process of a step, and the runtime of
+    a container passes what it gets on to the process in it.
 
     received: number of the signal that came, 0 before.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self._received_at = 0.0
         self._usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __enter__(self) -> "StopRequest":
@@ -26,5 +33,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.__exit__(None, None, None)
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._received_at = number, now
+        elif now - self._received_at > _SAME_MOMENT_S:
+            self.__exit__(None, None, None)
+            signal.raise_signal(number)

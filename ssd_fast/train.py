@@ -1,7 +1,9 @@
 """A training run: from a recipe and a data folder to checkpoints, records and pictures."""
 
 import logging
+import math
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -18,12 +20,13 @@ from ssd_fast.checkpoint import (
     BEST,
     Checkpoint,
     CheckpointError,
+    load_checkpoint,
     newest_checkpoint,
     numbered_path,
     prune_checkpoints,
     save_checkpoint,
 )
-from ssd_fast.coco_eval import twelve_numbers, write_results
+from ssd_fast.coco_eval import twelve_numbers
 from ssd_fast.config import Config, dump_toml
 from ssd_fast.dataset import CocoSet, DataError, load_coco
 from ssd_fast.distributed import World, usable_cores
@@ -34,6 +37,7 @@ from ssd_fast.mlperf_log import MlperfLog
 from ssd_fast.model import SSD
 from ssd_fast.progress import Progress, setup_logging, track
 from ssd_fast.report import draw_report
+from ssd_fast.scoring import Scoring, ScoringRequest
 from ssd_fast.signals import StopRequest
 from ssd_fast.step import LossMeter, Trainer
 from ssd_fast.weights import load_backbone_weights, load_for_finetuning
@@ -43,6 +47,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 DETECTIONS = "detections.json"
+INTERRUPTED = "interrupted"  # in the run's folder: it was stopped by a signal, and --resume goes on
 MLPERF_TARGET = 0.23  # the mAP that the closed division of MLPerf Training asks of this detector
 
 
@@ -63,21 +68,26 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, world: 
     data_dir: in COCO's layout.
     output: made if missing. With `resume`, the run in it goes on from its newest readable checkpoint, exactly as if it
     had not been interrupted; where there is none, it begins.
+    world: the processes that train together, each with its own call of this. Rank 0 alone reads and writes the folder.
     Raises ValueError (configuration, data, checkpoint), FloatingPointError (loss) and OSError.
     """
     world = world or World()
-    if not resume and (output / METRICS).exists():
-        raise CheckpointError(f"{output}: holds a run already: expected another --output, or --resume to go on with it")
-    setup_logging(None)
-    saved = newest_checkpoint(output / CHECKPOINTS) if resume else None
-    if saved and _is_finished(config, saved.steps_per_epoch, saved.step, saved.scores):
-        logger.info("%s: this run is finished, at step %d", output, saved.step)
-        return _outcome(config, saved.scores, stopped_by=0)
-    train_set, val_set = _load_sets(config, data_dir)
-    (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    setup_logging(output / "train.log")
-    with StopRequest() as stop, Run(config, train_set, val_set, output, saved, world) as run:
-        return run.train(stop)
+    with StopRequest() as stop:
+        setup_logging(None)
+        saved = world.broadcast(_open(output, resume=resume) if world.is_main else None)
+        if saved and _is_finished(config, saved.steps_per_epoch, saved.step, saved.scores):
+            logger.info("%s: this run is finished, at step %d", output, saved.step)
+            return _outcome(config, saved.scores, stopped_by=0)
+        if saved and len(saved.loader) != world.size:
+            raise CheckpointError(
+                f"{output}: a run of {len(saved.loader)} processes: expected as many to go on with it, not {world.size}"
+            )
+        train_set, val_set = _load_sets(config, data_dir)
+        if world.is_main:
+            (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            setup_logging(output / "train.log")
+        with Run(config, train_set, val_set, output, saved, world) as run:
+            return run.train(stop)
 
 
 class Run:
@@ -113,12 +123,16 @@ class Run:
         torch.manual_seed(config.training.seed)
         model = SSD(config.model, num_classes=len(categories))
         if saved is None:
-            _load_initial_weights(model, config)
+            if world.is_main:
+                _load_initial_weights(model, config)
+            model.load_state_dict(world.broadcast(model.state_dict()))
         dtype = compute_dtype(config.training.precision, self.device)
-        self.trainer = Trainer(model, config.optimizer, device=self.device, dtype=dtype)
+        self.trainer = Trainer(
+            *(model, config.optimizer), device=self.device, dtype=dtype, world=world, distributed=config.distributed
+        )
         anchors_cxcywh = model_anchors(config.model)
         self.train_loader = make_train_loader(config, train_set, anchors_cxcywh, self.device, world, saved)
-        self.eval_loader = make_eval_loader(config, val_set.images, self.device)
+        self.eval_loader = make_eval_loader(config, val_set.images, self.device, world=world)
         self.detector = Detector(
             model, anchors_cxcywh.to(self.device), detection=config.detection, categories=categories, dtype=dtype
         )
@@ -127,14 +141,20 @@ class Run:
         epochs = config.training.epochs
         self.evaluation_epochs = {epochs, *(epoch for epoch in config.evaluation.epochs if epoch < epochs)}
 
-        self.meter = LossMeter(self.device)
+        self.meter = LossMeter(world)
         self.step = 0
         self.scores: dict[int, dict[str, float]] = {}
+        self.unscored_epoch = 0  # which has been evaluated, and whose score is still to come
+        self.scoring: Scoring | None = None  # of that epoch, on rank 0
+        self.evaluation_start = 0.0
+        self.stopped_by = 0
         if saved:
             self._restore(saved)
-        write_atomically(output / "config.toml", dump_toml(config).encode())
-        self.metrics = MetricsWriter(output, resume_step=self.step if saved else None)
         self.progress = Progress(epochs=config.training.epochs)
+        self.metrics: MetricsWriter | None = None
+        if world.is_main:
+            write_atomically(output / "config.toml", dump_toml(config).encode())
+            self.metrics = MetricsWriter(output, resume_step=self.step if saved else None)
 
     def train(self, stop: StopRequest) -> Outcome:
         """Runs epochs until the last, the target, or a request to stop."""
@@ -148,26 +168,27 @@ class Run:
             weight_decay=optimizer.weight_decay,
             warmup_steps=optimizer.warmup_steps,
             decay_epochs=optimizer.decay_epochs,
-            bn_span=self.config.training.batch_size,
+            bn_span=self.config.training.batch_size * self.config.distributed.batch_norm_group,
             crop_attempts=self.config.augmentation.crop_attempts,
         )
         self.mlperf.run_start(
             evaluation_epochs=self.evaluation_epochs,
             resumed_epoch=self.step // self.steps_per_epoch + 1 if self.step else None,
         )
-        with self.progress:
-            while not _is_finished(self.config, self.steps_per_epoch, self.step, self.scores):
+        with self.progress if self.world.is_main else nullcontext():
+            while not self._is_over():
                 epoch = self.step // self.steps_per_epoch + 1
-                if self._is_due(epoch - 1):  # the run was cut off between the epoch's last step and its evaluation
+                if self._is_due(epoch - 1):  # the run was cut off between the epoch's last step and its score
                     self._end_epoch(epoch - 1)
-                    continue
-                self._train_epoch(epoch, stop)
-                if stop.received:
-                    break
-                self._end_epoch(epoch)
-        outcome = _outcome(self.config, self.scores, stop.received)
+                else:
+                    self._train_epoch(epoch, stop)
+                    if not self._is_over():
+                        self._end_epoch(epoch)
+        outcome = _outcome(self.config, self.scores, 0 if self._is_finished() else self.stopped_by)
         self.mlperf.run_stop(success=outcome.reached_target)
-        if not stop.received:
+        if self.world.is_main and outcome.stopped_by:
+            write_atomically(self.output / INTERRUPTED, f"signal {outcome.stopped_by}, step {self.step}\n".encode())
+        elif self.world.is_main:
             draw_report(self.output, self.val_set, self.train_set.categories, self.output / DETECTIONS)
         return outcome
 
@@ -177,11 +198,12 @@ class Run:
     def __exit__(self, *exc_info: object) -> None:
         self.train_loader.close()
         self.eval_loader.close()
-        self.metrics.close()
+        if self.metrics:
+            self.metrics.close()
         self.mlperf.close()
 
     def _train_epoch(self, epoch: int, stop: StopRequest) -> None:
-        """Trains the rest of an epoch, or until a request to stop, which is answered with a checkpoint."""
+        """Trains the rest of an epoch, or until the run is over: a request to stop is answered with a checkpoint."""
         training = self.config.training
         done = self.step - (epoch - 1) * self.steps_per_epoch
         self.mlperf.epoch_start(epoch)
@@ -196,14 +218,20 @@ class Run:
             if done % training.log_every_steps == 0 or done == self.steps_per_epoch:
                 self._report_window(window_steps, window_start, done, learning_rate)
                 window_start, window_steps = time.perf_counter(), 0
-            if stop.received:
-                self._save(numbered_path(self.output / CHECKPOINTS, self.step))
+            scored = self.scoring is not None and self.scoring.is_done()
+            self.stopped_by, scored_epoch = self.world.agree(stop.received, self.unscored_epoch if scored else 0)
+            if scored_epoch:
+                self._take_score(scored_epoch)
+            if self.stopped_by or (
+                training.checkpoint_every_steps and self.step % training.checkpoint_every_steps == 0
+            ):
+                self._save()
+            if self.stopped_by:
                 self.progress.message(
-                    f"stopped by signal {stop.received} after step {self.step}; --resume goes on from here"
+                    f"stopped by signal {self.stopped_by} after step {self.step}; --resume goes on from here"
                 )
+            if self._is_over():
                 return
-            if training.checkpoint_every_steps and self.step % training.checkpoint_every_steps == 0:
-                self._save(numbered_path(self.output / CHECKPOINTS, self.step))
         self.mlperf.epoch_stop(epoch)
 
     def _learning_rate(self, step: int) -> float:
@@ -229,51 +257,114 @@ class Run:
         losses = {"loss": window.total, "box_loss": window.box, "class_loss": window.class_}
         figures = {"learning_rate": learning_rate, "images_per_second": images_per_second}
         self.progress.update(done, **losses, **figures)
-        self.metrics.train(self.step, self.step / self.steps_per_epoch, **losses, **figures)
+        if self.metrics:
+            self.metrics.train(self.step, self.step / self.steps_per_epoch, **losses, **figures)
+
+    def _is_finished(self) -> bool:
+        return _is_finished(self.config, self.steps_per_epoch, self.step, self.scores)
+
+    def _is_over(self) -> bool:
+        return self.stopped_by != 0 or self._is_finished()
 
     def _is_due(self, epoch: int) -> bool:
         """Whether an epoch whose steps are done still waits for its evaluation."""
         return (
-            epoch in self.evaluation_epochs and epoch not in self.scores and self.step == epoch * self.steps_per_epoch
+            epoch in self.evaluation_epochs
+            and epoch not in (*self.scores, self.unscored_epoch)
+            and self.step == epoch * self.steps_per_epoch
         )
 
     def _end_epoch(self, epoch: int) -> None:
-        """Evaluates after an epoch where that is due, and saves."""
+        """Evaluates after an epoch where that is due, and saves; of the last epoch the score is waited for."""
         if self._is_due(epoch):
             self._evaluate(epoch)
         last = epoch == self.config.training.epochs
         if epoch % self.config.training.checkpoint_every_epochs == 0 or epoch in self.evaluation_epochs or last:
-            self._save(numbered_path(self.output / CHECKPOINTS, self.step))
+            self._save()
+        if last:
+            self._take_score(epoch)
 
     def _evaluate(self, epoch: int) -> None:
-        start = time.perf_counter()
+        """Detects on all validation pictures; while another process scores that, training goes on."""
+        self._take_score(self.unscored_epoch)
+        self.evaluation_start = time.perf_counter()
         self.mlperf.eval_start(epoch)
-        scores, table = self.detector.evaluate(track(self.eval_loader, "evaluating"), self.val_set)
-        self.mlperf.eval_stop(epoch, scores.map)
-        best_so_far = max((earlier["map"] for earlier in self.scores.values()), default=-1.0)
-        self.scores[epoch] = twelve_numbers(scores)
-        self.metrics.evaluation(self.step, epoch, self.scores[epoch])
-        self.progress.evaluation(epoch, scores.map, scores.map_50, time.perf_counter() - start)
-        if scores.map > best_so_far or len(self.scores) == 1:
-            self._save(self.output / CHECKPOINTS / BEST)
-            write_results(table, self.output / DETECTIONS)
+        with self.trainer.averaged_statistics():
+            table = self.detector.detect_set(
+                track(self.eval_loader, "evaluating", len(self.eval_loader)), self.val_set, self.world
+            )
+        self.unscored_epoch = epoch
+        if self.world.is_main:
+            self.scoring = Scoring(
+                ScoringRequest(
+                    annotation_file=self.val_set.annotation_file,
+                    table=table,
+                    category_ids=self.detector.category_ids_in(self.val_set).tolist(),
+                    results_file=self.output / DETECTIONS,
+                    best_map=self._best_map(),
+                )
+            )
 
-    def _save(self, path: Path) -> None:
-        cuda = self.device.type == "cuda"
-        checkpoint = Checkpoint(
-            config=self.config,
-            categories=self.train_set.categories,
-            model=self.trainer.model.state_dict(),
-            optimizer=self.trainer.optimizer.state_dict(),
-            scaler=self.trainer.scaler.state_dict(),
-            rng={"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self.device)} if cuda else {}),
-            loader=[torch.frombuffer(bytearray(self.train_loader.state()), dtype=torch.uint8)],
-            step=self.step,
-            steps_per_epoch=self.steps_per_epoch,
-            scores=self.scores,
-        )
-        save_checkpoint(path, checkpoint)
-        if path.name != BEST:
+    def _take_score(self, epoch: int) -> None:
+        """Takes in the score of an evaluation, waiting for it, unless that has been done."""
+        if epoch == 0 or epoch != self.unscored_epoch:
+            return
+        timeout_s = self.config.distributed.timeout_s
+        numbers = self.world.broadcast(twelve_numbers(self.scoring.result(timeout_s)) if self.scoring else {})
+        best_so_far = self._best_map()
+        self.scores[epoch] = numbers
+        self.unscored_epoch, self.scoring = 0, None
+        if self.metrics is None:
+            return
+        step = epoch * self.steps_per_epoch
+        self.mlperf.eval_stop(epoch, numbers["map"])
+        self.metrics.evaluation(step, epoch, numbers)
+        seconds = time.perf_counter() - self.evaluation_start
+        self.progress.evaluation(epoch, numbers["map"], numbers["map_50"], seconds)
+        # The weights have moved on; those that were evaluated are in their step's checkpoint.
+        path = numbered_path(self.output / CHECKPOINTS, step)
+        scored = load_checkpoint(path)._replace(scores=self.scores)
+        save_checkpoint(path, scored)
+        if numbers["map"] > best_so_far:
+            save_checkpoint(path.with_name(BEST), scored)
+
+    def _best_map(self) -> float:
+        return max((numbers["map"] for numbers in self.scores.values()), default=-math.inf)
+
+    def _save(self) -> None:
+        """Saves this step. A score of an earlier one is waited for: nobody who resumes from here would compute it."""
+        if self.unscored_epoch * self.steps_per_epoch != self.step:
+            self._take_score(self.unscored_epoch)
+        trainer = self.trainer
+        own_statistics = trainer.running_statistics.cpu().clone()
+        loader = torch.frombuffer(bytearray(self.train_loader.state()), dtype=torch.uint8)
+        parts = self.world.gather((own_statistics, loader, trainer.weights_digest()))
+        with trainer.averaged_statistics():
+            if not parts:
+                return
+            statistics, loaders, digests = zip(*parts, strict=True)
+            if len(set(digests)) > 1:
+                raise CheckpointError(f"step {self.step}: weights differ between ranks: {digests}")
+            if self.world.size > 1:
+                logger.info("step %d: weights of all %d ranks: %s", self.step, self.world.size, digests[0])
+            rng = {"cpu": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                rng["cuda"] = torch.cuda.get_rng_state(self.device)
+            checkpoint = Checkpoint(
+                config=self.config,
+                categories=self.train_set.categories,
+                model=trainer.model.state_dict(),
+                optimizer=trainer.optimizer.state_dict(),
+                scaler=trainer.scaler.state_dict(),
+                rng=rng,
+                statistics=list(statistics),
+                loader=list(loaders),
+                step=self.step,
+                steps_per_epoch=self.steps_per_epoch,
+                scores=self.scores,
+            )
+            path = numbered_path(self.output / CHECKPOINTS, self.step)
+            save_checkpoint(path, checkpoint)
             prune_checkpoints(path.parent, self.config.training.keep_checkpoints)
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -282,6 +373,7 @@ class Run:
                 raise CheckpointError(f"{self.output}: its run has {key} = {old!r}: expected the same, not {new!r}")
             logger.warning("the run in %s began with %s = %r; it goes on with %r", self.output, key, old, new)
         self.trainer.model.load_state_dict(saved.model)
+        self.trainer.running_statistics.copy_(saved.statistics[self.world.rank])
         self.trainer.optimizer.load_state_dict(saved.optimizer)
         self.trainer.scaler.load_state_dict(saved.scaler)
         torch.set_rng_state(saved.rng["cpu"])
@@ -290,6 +382,14 @@ class Run:
         self.step = saved.step
         self.scores = dict(saved.scores)
         logger.info("%s: goes on after step %d", self.output, self.step)
+
+
+def _open(output: Path, *, resume: bool) -> Checkpoint | None:
+    """What a run in a folder is to go on from. Raises CheckpointError when it would overwrite another."""
+    if not resume and (output / METRICS).exists():
+        raise CheckpointError(f"{output}: holds a run already: expected another --output, or --resume to go on with it")
+    (output / INTERRUPTED).unlink(missing_ok=True)
+    return newest_checkpoint(output / CHECKPOINTS) if resume else None
 
 
 def make_train_loader(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from ssd_fast.model import SSD
+from ssd_fast.pickled_module import read_pickled_module
 
 Source = Path | Mapping[str, Any]
 
@@ -35,6 +36,7 @@ _HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)"
 def read_torch_file(path: Path) -> Any:
     """What a file of torch.save holds, on the CPU; only tensors and plain containers are unpickled.
 
+    Of a whole nn.Module, its state dict.
     Raises ValueError that names the file if it cannot be read, is damaged or is something else.
     """
     try:
@@ -42,11 +44,13 @@ def read_torch_file(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: expected a file of torch.save that holds only tensors in plain containers (a pickled module must "
-            "be saved again where its source code is: torch.save(module.state_dict(), file)); torch says: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+        try:
+            return read_pickled_module(path)
+        except (pickle.UnpicklingError, *_DAMAGED):
+            raise ValueError(
+                f"{path}: expected a file of torch.save that holds only tensors in plain containers, or a module; "
+                f"torch says: {str(error).splitlines()[0]}"
+            ) from None
     except _DAMAGED as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: damaged, or not a file of torch.save: {reason}") from None

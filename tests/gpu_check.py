@@ -41,7 +41,9 @@ GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 GREY_LEVELS = 255 * np.mean([0.229, 0.224, 0.225])  # of one unit of a normalised image
 SSD300_TRAIN_GFLOP = 94.75  # per image, forward and backward
+SSD1200_GFLOP = 432.8  # per image
 RECIPE = REPOSITORY / "configs" / "ssd300.toml"
+RECIPE_1200 = REPOSITORY / "configs" / "ssd1200.toml"
 
 Row = tuple[str, str, str]  # what, measured, expected or verdict
 
@@ -70,6 +72,11 @@ def main() -> int:
         Section("kernels, compute-sanitizer", _sanitize_kernels),
         Section("kernels, times", _measure_kernels, (*recipes, "typer")),
         Section("step alone", _measure_step, recipes),
+        Section(
+            "inference at 1200",
+            _measure_inference,
+            (*recipes, "nvidia.dali", "msgspec", "pycocotools", "hotcoco"),
+        ),
         Section(
             "pipelines, training",
             _check_training,
@@ -184,9 +191,8 @@ def _sanitize_kernels(_arguments: argparse.Namespace, _scratch: Path) -> Iterato
 def _measure_kernels(_arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     """Times of the operators by `ssd-fast profile`, against their targets."""
     report = scratch / "kernels.json"
-    run = _run(
-        sys.executable, "-m", "ssd_fast", "profile", "--config", RECIPE, "--stage", "kernels", "--json", report
-    )  # fmt: skip
+    recipes = ("--config", RECIPE, "--config", RECIPE_1200)
+    run = _run(sys.executable, "-m", "ssd_fast", "profile", *recipes, "--stage", "kernels", "--json", report)
     if run.returncode:
         yield "times of the operators", "", f"FAILED: {run.stdout.strip().splitlines()[-1]}"
         return
@@ -240,6 +246,34 @@ def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row
         name = str(dtype).removeprefix("torch.")
         teraflops = rate * SSD300_TRAIN_GFLOP / 1000
         yield f"step alone, batch {arguments.batch_size}, {name}", f"{rate:.0f} images/s", f"{teraflops:.0f} TFLOP/s"
+
+
+def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
+    """Images per second at 1200x1200 without input, with random weights, and the share of what is not the network."""
+    from ssd_fast.config import load_config
+    from ssd_fast.dataset import Category
+    from ssd_fast.inference import make_random_detector
+    from ssd_fast.timing import DECODING, MODEL, PREPROCESSING, Timeline
+
+    categories = tuple(Category(number, str(number)) for number in range(1, 81))
+    for precision, batch_size in (("fp16", 1), ("fp16", 8), ("fp16", 32), ("bf16", 32)):
+        config = load_config(RECIPE_1200, [f"training.precision={precision}"])
+        detector = make_random_detector(config, categories, GPU)
+        images = torch.randn(batch_size, 3, 1200, 1200, device=GPU, dtype=torch.float16)
+        images = images.to(memory_format=torch.channels_last)
+        for _ in range(5):
+            detector.detect(images)
+        timeline = Timeline(GPU, time.perf_counter())
+        timeline.settle("first batches")
+        for _ in range(20):
+            timeline.lap(PREPROCESSING)  # there is none
+            detector.detect(images, timeline)
+        timeline.settle("the host's")
+        seconds = {part: statistics.median(laps) for part, laps in timeline.parts().items()}
+        rate = batch_size / (seconds[MODEL] + seconds[DECODING])
+        share = seconds[DECODING] / (seconds[MODEL] + seconds[DECODING])
+        verdict = f"{rate * SSD1200_GFLOP / 1000:.0f} TFLOP/s; decoding and NMS {share:.1%}"
+        yield f"1200x1200, batch {batch_size}, {precision}", f"{rate:.0f} images/s", verdict
 
 
 def _check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:

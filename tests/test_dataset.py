@@ -209,6 +209,24 @@ def test_found_pictures_have_the_size_that_viewers_show(tmp_path: Path) -> None:
     assert images.sizes_hw.tolist() == [[60, 40], [40, 60]]
 
 
+def test_a_pattern_finds_the_files_that_match_it_and_a_name_that_looks_like_one_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("b1.jpg", "b2.jpg", "c1.jpg", "below/b3.jpg", "b[12].jpg"):
+        Image.new("RGB", (60, 40)).save(tmp_path / name)
+
+    def names(pattern: str) -> list[str]:
+        found = find_pictures([tmp_path / pattern], bad_images="error")
+        return [str(Path(name).relative_to(tmp_path.resolve())) for name in found.file_names]
+
+    assert names("b?.jpg") == ["b1.jpg", "b2.jpg"]
+    assert names("[bc]1.jpg") == ["b1.jpg", "c1.jpg"]
+    assert names("b*") == ["b1.jpg", "b2.jpg", "b[12].jpg"]
+    assert names("**/b3*") == ["below/b3.jpg"]
+    assert names("b[12].jpg") == ["b[12].jpg"]
+    with pytest.raises(DataError, match=r"d\*\.jpg: no such file or folder, and no file matches it as a pattern"):
+        names("d*.jpg")
+
+
 def test_paths_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jpg: no such file or folder"):
         find_pictures([tmp_path / "nowhere.jpg"], bad_images="error")

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,13 +310,14 @@ def test_a_set_smaller_than_a_batch_trains_and_one_smaller_than_the_world_is_ref
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 40])
-def test_evaluation_gives_every_picture_once_in_order_in_every_pass(small: LabelledImages, world_size: int) -> None:
+def test_evaluation_gives_the_ranks_the_batches_of_one_rank_in_turns(small: LabelledImages, world_size: int) -> None:
     sizes = dict(zip(small.image_ids.tolist(), small.sizes_hw.tolist(), strict=True))
     loaders = [eval_loader(small, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
     for _ in range(2):
         given = [list(loader) for loader in loaders]
         assert [len(part) for part in given] == [len(loader) for loader in loaders]
-        flat = [batch for part in given for batch in part]
+        flat = [batch for turn in zip_longest(*given) for batch in turn if batch is not None]
+        assert [len(batch.image_ids) for batch in flat[:-1]] == [4] * (len(flat) - 1)
         assert torch.cat([batch.image_ids for batch in flat]).tolist() == small.image_ids.tolist()
         assert all([sizes[int(n)] for n in batch.image_ids] == batch.sizes_hw.tolist() for batch in flat)
     if world_size == 40:

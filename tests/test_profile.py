@@ -20,7 +20,7 @@ from ssd_fast.kernel_cases import ORACLE, OURS, Case, Implementation
 from ssd_fast.kernel_profile import ProfileError, measure
 
 CPU = torch.device("cpu")
-SSD300, DEMO = REPOSITORY / "configs" / "ssd300.toml", REPOSITORY / "configs" / "demo.toml"
+SSD300, SSD1200, DEMO = (REPOSITORY / "configs" / f"{name}.toml" for name in ("ssd300", "ssd1200", "demo"))
 PREDICTIONS = (
     kernel_cases.network_like,
     kernel_cases.every_anchor,
@@ -169,7 +169,8 @@ def test_the_command_measures_everything_and_says_what_failed(tmp_path: Path, mo
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     path = tmp_path / "times.json"
-    arguments = ["profile", "--config", str(DEMO), "--batch-size", "1", "--repeats", "1", "--json", str(path)]
+    recipes = ["--config", str(DEMO), "--config", str(SSD1200)]
+    arguments = ["profile", *recipes, "--batch-size", "1", "--repeats", "1", "--json", str(path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())

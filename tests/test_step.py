@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_config
 
 from dali_pipelines.batch import TrainBatch
+from ssd_fast.distributed import World
 from ssd_fast.loss import Loss
 from ssd_fast.model import SSD
 from ssd_fast.step import LossMeter, Trainer
@@ -111,7 +112,7 @@ def loss_of(value: float) -> Loss:
 
 
 def test_meter_averages_finite_losses_and_counts_the_others() -> None:
-    meter = LossMeter(CPU)
+    meter = LossMeter(World())
     for step, value in enumerate([2.0, math.nan, 4.0, math.inf, math.nan]):
         meter.add(loss_of(value), step)
     window = meter.read()
@@ -120,7 +121,7 @@ def test_meter_averages_finite_losses_and_counts_the_others() -> None:
 
 
 def test_meter_follows_a_row_of_bad_losses_across_windows() -> None:
-    meter = LossMeter(CPU)
+    meter = LossMeter(World())
     for step in range(3):
         meter.add(loss_of(math.nan), step)
     assert math.isnan(meter.read().total)

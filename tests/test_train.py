@@ -204,6 +204,17 @@ def test_reaching_the_target_ends_the_run_and_the_mlperf_log_says_so(synthetic_s
     assert '"status": "success"' in (tmp_path / "run" / "mlperf.log").read_text()
 
 
+def test_a_scoring_process_that_dies_ends_the_run(
+    synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ChildProcessError, match="the process that scored an evaluation ended with status 1"):
+        train(tiny_config(), synthetic_set, tmp_path / "run", resume=False)
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert (newest.step, newest.scores) == (8, {})  # from where --resume evaluates again
+
+
 def test_losses_that_stay_not_finite_end_the_run_with_step_and_learning_rate(
     synthetic_set: Path, tmp_path: Path
 ) -> None:
@@ -289,7 +300,7 @@ def test_a_full_disk_ends_a_run_with_one_line(synthetic_set: Path, tmp_path: Pat
     with largest_file(200_000):
         result = subprocess.run(train_command((), synthetic_set, output), capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].endswith("best.pt: not written: File too large")
+    assert result.stderr.splitlines()[-1].endswith("step_000000008.pt: not written: File too large")
     assert "Traceback" not in result.stderr
     assert list((output / "checkpoints").iterdir()) == []
 

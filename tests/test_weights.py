@@ -224,10 +224,10 @@ class TestLayouts:
         with pytest.raises(ValueError, match="cannot be read: Is a directory"):
             read_state_dict(tmp_path)
 
-    def test_a_pickled_module_is_not_unpickled_and_the_way_out_is_told(self, tmp_path: Path) -> None:
-        torch.save(nn.Conv2d(1, 1, 1), tmp_path / "module.pytorch")
-        with pytest.raises(ValueError, match=r"torch.save\(module.state_dict\(\), file\)"):
-            read_state_dict(tmp_path / "module.pytorch")
+    def test_what_is_neither_tensors_nor_a_module_is_not_unpickled(self, tmp_path: Path) -> None:
+        torch.save({"model": {"weight": torch.zeros(1)}, "recipe": CONFIG}, tmp_path / "run.pytorch")
+        with pytest.raises(ValueError, match=r"run\.pytorch: expected a file of torch.save that holds only tensors"):
+            read_state_dict(tmp_path / "run.pytorch")
 
 
 class TestFinetuning:

@@ -1,0 +1,29 @@
+# The inference image, for GPUs from Turing on and for CPUs: docker build -t inference/single_stage_detector .
+# With --build-arg CUDA=12.6.3 for Volta to Hopper. Run it with --gpus all, or without for the CPU.
+ARG CUDA=13.0.2
+
+FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04 AS build
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates g++ make python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+COPY . /opt/ssd_fast
+RUN PIP_NO_CACHE_DIR=1 /opt/ssd_fast/install_image.sh inference /opt/venv
+
+FROM ubuntu:24.04
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates curl python3 \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/ssd_fast /opt/ssd_fast
+# "video" brings the hardware decoder of JPEG in, which DALI silently does without
+ENV PATH=/opt/venv/bin:$PATH \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
+WORKDIR /opt/ssd_fast
+RUN python tests/image_check.py inference
+# where users of the benchmark mount coco and pretrained
+WORKDIR /mlperf
+RUN ln -s /opt/ssd_fast/configs /opt/ssd_fast/run_and_time.sh .
+CMD ["ssd-fast", "--help"]

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Downloads COCO 2017. Sourced, it still is a process of its own, and changes nothing in the caller's shell.
+if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
+    bash "${BASH_SOURCE[0]:-$0}" "$@" # in zsh, $0 is the file that is sourced
+    return
+fi
+set -euo pipefail
+# shellcheck source=/dev/null
+source "$(dirname "$0")/downloading.sh"
+
+OFFICIAL='f4bbac642086de4f52a3fdda2de5fa2c 252907541 annotations/annotations_trainval2017.zip
+442b8da7639aecaf257c1dceb8ba8c80 815585330 zips/val2017.zip
+cced6f7f71b7629ddf16f17bbcfab6b2 19336861798 zips/train2017.zip'
+
+usage() {
+    cat <<END
+usage: [source] download_dataset.sh [--train] [DIR]
+
+Downloads COCO 2017 into DIR (default: coco): annotations/ and val2017/, which evaluation and the benchmark need, 1.1 GB
+to download; with --train also train2017/, 20.4 GB in all. Archives are checked, unpacked as a whole or not at all, and
+removed; archives that lie in DIR already are used. Called again, it goes on where it was interrupted, or ends at once.
+Sourced by a script that has arguments itself, name DIR: bash would hand on those.
+
+  SSD_FAST_COCO_URL        a mirror, default http://images.cocodataset.org
+  SSD_FAST_COCO_MANIFEST   a file that says what is there, such as a subset of your own: MD5, bytes, and path below the
+                           mirror. The archives have these names, and hold the folders annotations, val2017, train2017:
+$OFFICIAL
+END
+}
+
+folder='' archives=(annotations_trainval2017.zip val2017.zip)
+while (($#)); do
+    case $1 in
+        -h | --help) usage && exit ;;
+        --train) archives+=(train2017.zip) ;;
+        -*) usage >&2 && exit 2 ;;
+        *) [[ -z $folder ]] || { usage >&2 && exit 2; }; folder=$1 ;;
+    esac
+    shift
+done
+folder=$(realpath -m -- "${folder:-coco}")
+url=${SSD_FAST_COCO_URL:-http://images.cocodataset.org}
+manifest=$(read_manifest "${SSD_FAST_COCO_MANIFEST:-}" "$OFFICIAL" SSD_FAST_COCO_MANIFEST)
+
+# The folder that the archive $1 holds.
+folder_of() { [[ $1 == annotations* ]] && echo annotations || echo "${1%.zip}"; }
+
+count_files() { find "$1" -type f ! -name .archive | wc -l; }
+
+# Whether the folder $1 is what the archive with the MD5 $2 holds. Fails if it is something else.
+is_there() {
+    local md5='' expected='' found
+    [[ -e $1 ]] || return 1
+    [[ ! -f $1/.archive ]] || read -r md5 expected <"$1/.archive"
+    [[ $md5 == "$2" ]] || fail "$1: was not unpacked from the archive with the MD5 $2: move this folder away"
+    found=$(count_files "$1")
+    ((found == expected)) || fail "$1: expected $expected files, found $found: move this folder away"
+}
+
+# Unpacks the archive $1, which has the MD5 $2, as the folder $3.
+unpack() {
+    local name=${3##*/}
+    mkdir -- "$work"
+    if [[ -n $(command -v unzip) ]]; then
+        unzip -q "$1" -d "$work" </dev/null
+    else
+        python3 -m zipfile -e "$1" "$work"
+    fi || fail "$1: cannot be unpacked; nothing was kept but the archive"
+    [[ -d $work/$name ]] || fail "$1: expected the folder $name in it, found $(ls -- "$work")"
+    echo "$2 $(count_files "$work/$name")" >"$work/$name/.archive"
+    mv -T -- "$work/$name" "$3"
+    rm -rf -- "$work" "$1"
+}
+
+enter "$folder"
+work=$folder/.unpacking
+trap 'rm -rf -- "$work"' EXIT
+rm -rf -- "$work" # of a process that was killed
+
+# In the end there is all that is unpacked, and still the largest archive, which is the last.
+missing=() unpacked=0 largest=0
+for archive in "${archives[@]}"; do
+    line=$(line_of "$archive" "$manifest" "${SSD_FAST_COCO_MANIFEST:-}")
+    read -r md5 bytes _ <<<"$line"
+    ! is_there "$folder/$(folder_of "$archive")" "$md5" || continue
+    missing+=("$archive")
+    # pictures do not shrink, and take whole blocks of the disk; annotations are text
+    [[ $archive == annotations* ]] && percent=350 || percent=103
+    unpacked=$((unpacked + bytes * percent / 100))
+    rest=$((bytes - $(size_of "$folder/$archive") - $(size_of "$folder/$archive.part")))
+    ((rest <= largest)) || largest=$rest
+done
+if ((${#missing[@]})); then
+    find_downloader
+    [[ -n $(command -v unzip || command -v python3) ]] ||
+        fail "neither unzip nor python3 is installed: one of them is needed"
+    require_space "$folder" $((unpacked + largest))
+fi
+for archive in ${missing[@]+"${missing[@]}"}; do
+    line=$(line_of "$archive" "$manifest" "${SSD_FAST_COCO_MANIFEST:-}")
+    read -r md5 bytes path <<<"$line"
+    fetch "$folder/$archive" "$url/$path" "$md5" "$bytes"
+    unpack "$folder/$archive" "$md5" "$folder/$(folder_of "$archive")"
+done
+for archive in "${archives[@]}"; do
+    name=$(folder_of "$archive")
+    say "$folder/$name: $(count_files "$folder/$name") files"
+done

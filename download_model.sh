@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Downloads published weights. Sourced, it still is a process of its own, and changes nothing in the caller's shell.
+if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
+    bash "${BASH_SOURCE[0]:-$0}" "$@" # in zsh, $0 is the file that is sourced
+    return
+fi
+set -euo pipefail
+# shellcheck source=/dev/null
+source "$(dirname "$0")/downloading.sh"
+
+RECORD=3236545
+NAME=resnet34-ssd1200.pytorch
+
+usage() {
+    cat <<END
+usage: [source] download_model.sh [DIR]
+
+Downloads the weights of MLPerf Inference's detector at 1200x1200 into DIR (default: pretrained): $NAME
+of Zenodo's record $RECORD, some 80 MB, checked against the MD5 that Zenodo states in that record. It is a pickled module:
+ssd-fast reads the weights in it and runs none of its code. Called again, it goes on where it was interrupted, or ends at
+once. Sourced by a script that has arguments itself, name DIR: bash would hand on those.
+
+  SSD_FAST_MODEL_URL        a mirror, default https://zenodo.org
+  SSD_FAST_MODEL_MANIFEST   a file that says in place of Zenodo what is there: MD5, bytes, and path below the mirror, as in
+                            0123456789abcdef0123456789abcdef 80000000 records/$RECORD/files/$NAME
+END
+}
+
+case ${1:-} in
+    -h | --help) usage && exit ;;
+    -*) usage >&2 && exit 2 ;;
+esac
+(($# <= 1)) || { usage >&2 && exit 2; }
+folder=$(realpath -m -- "${1:-pretrained}")
+url=${SSD_FAST_MODEL_URL:-https://zenodo.org}
+
+# Zenodo's record as a manifest.
+ask_zenodo() {
+    local answer
+    [[ -n $(command -v python3) ]] || fail "python3 is not installed: it reads the record of Zenodo"
+    { answer=$(ask "$record") && python3 -c '
+import json, sys
+for file in json.loads(sys.argv[2])["files"]:
+    print(file["checksum"].removeprefix("md5:"), file["size"], f"records/{sys.argv[1]}/files/" + file["key"])
+' "$RECORD" "$answer" 2>/dev/null; } || fail "$record: cannot be read; SSD_FAST_MODEL_MANIFEST can say what is there"
+}
+
+record=$url/api/records/$RECORD
+manifest=$(read_manifest "${SSD_FAST_MODEL_MANIFEST:-}" '' SSD_FAST_MODEL_MANIFEST)
+enter "$folder"
+file=$folder/$NAME
+if [[ -n $manifest || ! -e $file || ! -e $file.md5 || $(md5_of "$file") != "$(cut -c -32 "$file.md5")" ]]; then
+    find_downloader
+    [[ -n $manifest ]] || manifest=$(ask_zenodo)
+    line=$(line_of "$NAME" "$manifest" "${SSD_FAST_MODEL_MANIFEST:-$record}")
+    read -r md5 bytes path <<<"$line"
+    [[ -e $file ]] || require_space "$folder" $((bytes - $(size_of "$file.part")))
+    fetch "$file" "$url/$path" "$md5" "$bytes"
+    echo "$md5  $NAME" >"$file.md5"
+fi
+say "$file: MD5 $(cut -c -32 "$file.md5")"
