@@ -79,12 +79,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def is_checkpoint(content: Any) -> bool:
-    """Whether what a file holds is a checkpoint of this program, rather than weights alone."""
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    """Whether what a file holds is a checkpoint of this program, of any version, rather than weights alone."""
+    return isinstance(content, dict) and "format" in content
 
 
 def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
     """The checkpoint that a file holds; path is named in errors."""
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format = {content['format']!r}: expected {FORMAT!r}")
     try:
         config = validate_config(content["config"], source=str(path))
     except ConfigError as error:
