@@ -58,10 +58,12 @@ class Detector:
         timeline: gets the laps MODEL and DECODING.
         """
         was_training = self.model.training
-        self.model.eval()
+        if was_training:  # else its many modules would be walked twice for each batch
+            self.model.eval()
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             predictions = self.model(images if self.dtype != torch.float32 else images.float())
-        self.model.train(was_training)
+        if was_training:
+            self.model.train()
         if timeline is not None:
             timeline.lap(MODEL)
         detections = kernels.decode_nms(

@@ -9,6 +9,7 @@ while the backward pass goes on; what is left after it is waited for.
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 BACKWARD_SHARE = 63.03 / 94.75  # of the operations of a training step at 300x300
 _NUM_PHASES = 16
+_OF_GRADIENT = re.compile(r"(grouped_)?allreduce\..+\.(weight|bias)(_\d+of\d+)?")  # of a group, the first one's name
 _DTYPE_BYTES = {"float16": 2, "float32": 4, "float64": 8}
 
 
@@ -119,7 +121,7 @@ def read_timeline(path: Path) -> list[list[Transfer]]:
     """
     transfers: dict[str, list[Transfer]] = defaultdict(list)
     for name, activities in _activities(_read_events(path)):
-        if name.startswith("allreduce.") and name.endswith((".weight", ".bias")):
+        if _OF_GRADIENT.fullmatch(name):
             transfers[name].extend(_transfers(name, activities))
     num_steps = min((len(steps) for steps in transfers.values()), default=0)
     if num_steps < 2:

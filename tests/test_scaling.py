@@ -103,14 +103,16 @@ def test_what_is_no_timeline_of_training_is_refused(tmp_path: Path, content: str
         read_timeline(path)
 
 
-def test_a_timeline_written_by_horovod_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [None, 2])
+def test_a_timeline_written_by_horovod_is_read(tmp_path: Path, groups: int | None) -> None:
     pytest.importorskip("horovod", reason="make horovod")
     (tmp_path / "ranks.py").write_text(
         "import horovod.torch as hvd, torch\n"
         "hvd.init()\n"
         "model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3))\n"
         "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
-        "optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())\n"
+        "names = model.named_parameters()\n"
+        f"optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=names, groups={groups})\n"
         "for _ in range(6):\n"
         "    model(torch.ones(2, 50)).sum().backward()\n"
         "    optimizer.step()\n"
