@@ -179,7 +179,7 @@ class _HorovodWorld(World):
         super().__init__(rank, size, local_rank, local_size)
         # Gloo's own limit is 30 s, and its message names nobody.
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(int(2 * timeout_s)))
-        os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
+        os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")  # see _groups
         self._watch = _Watch(rank, size, timeout_s)
         self._hvd = _import_horovod()
         device = self.device()
