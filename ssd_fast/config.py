@@ -277,8 +277,8 @@ class DistributedConfig(_Section):
     fp16_compression: bool = False
     """Whether gradients travel as float16; their means are then less exact."""
     gradient_predivide: PositiveFloat = 1.0
-    """Gradients are divided by this before they are added up over the ranks, and by size / this after it, so that float16
-    does not overflow. Unless 1, the last bits of a sum over more than two ranks depend on timing."""
+    """Gradients are divided by this before they are added up over the ranks, and by size / this after it, so that
+    float16 does not overflow. Unless 1, the last bits of a sum over more than two ranks depend on timing."""
     batch_norm_group: Literal[1, 2, 4, 8] = 1
     """Neighbouring ranks over which BatchNorm takes its statistics (apex's groupbn; GPUs of one node, fp16): for few
     pictures per rank."""

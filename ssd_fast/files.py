@@ -8,10 +8,14 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replaces a file by new content, durably; on an error the old file stays and nothing else is left.
 
+    What is no file, such as /dev/null, is written to and stays what it is.
     Raises OSError that names the file, also where the system's own would not (a full disk).
     """
     temporary = None
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_bytes(content)
+            return
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, 0o666 & ~_UMASK)  # mkstemp's own is for secrets
