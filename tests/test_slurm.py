@@ -230,6 +230,22 @@ def test_a_cancelled_job_does_not_come_back_though_saved(cluster: SlurmCluster, 
     assert cluster.field(job, "JobState") == "CANCELLED"
 
 
+def test_starts_that_save_nothing_are_not_requeued_for_ever(cluster: SlurmCluster, stand_in: dict[str, str]) -> None:
+    folder = Path(stand_in["LOGDIR"]) / "earlier"
+    folder.mkdir()
+    log, starts = folder / "job.log", folder / "fruitless_starts"
+    starts.write_text("1\n")
+    job = cluster.submit(RANKS, SCRIPT, environment=stand_in | {"WAIT": "1", "RUN": str(folder)})
+    for number in (1, 2):
+        cluster.wait(lambda n=number: log.exists() and log.read_text().count("gloo=") == 4 * n, START_S, job)
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        if number == 1:
+            cluster.start_requeued(job, START_S)
+            assert starts.read_text() == "2\n"
+    assert cluster.wait_for_end(job, 60) == Ended("FAILED", 1, 1)
+    assert "not requeued: 3 starts, one after another, saved nothing" in log.read_text()
+
+
 @pytest.mark.parametrize("program", ["false", "echo no port"])
 def test_a_rendezvous_that_does_not_start_ends_the_job(
     cluster: SlurmCluster, stand_in: dict[str, str], program: str
