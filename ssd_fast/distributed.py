@@ -200,7 +200,7 @@ class _HorovodWorld(World):
         agreed = torch.zeros(len(flags)) if self._agreement is None else self._wait(self._agreement)
         value = torch.tensor(flags, dtype=torch.int32)
         self._agreement = self._hvd.allreduce_async(value, op=self._hvd.Max, name="agree")
-        return tuple(int(flag) for flag in agreed)
+        return tuple(agreed.int().tolist())
 
     def broadcast(self, value: T) -> T:
         with self._watch.waiting():

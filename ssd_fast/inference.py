@@ -18,7 +18,7 @@ from ssd_fast.config import Config, DetectionConfig, override_config
 from ssd_fast.dataset import Category, CocoSet, DataError
 from ssd_fast.distributed import World, usable_cores
 from ssd_fast.model import SSD, on_device
-from ssd_fast.timing import DECODING, MODEL, PREPROCESSING, Timeline
+from ssd_fast.timing import DECODING, MODEL, PREPROCESSING, UNTIMED, Untimed
 from ssd_fast.weights import load_weights, read_torch_file
 
 
@@ -52,48 +52,44 @@ class Detector:
         self.dtype = dtype
 
     @torch.inference_mode()
-    def detect(self, images: Tensor, timeline: Timeline | None = None) -> kernels.Detections:
+    def detect(self, images: Tensor, timeline: Untimed = UNTIMED) -> kernels.Detections:
         """Detections of a batch of normalised images [B, 3, S, S]; the model's mode (train, eval) is restored after.
 
-        timeline: gets the laps MODEL and DECODING.
+        timeline: gets the regions MODEL and DECODING.
         """
+        autocast = self.dtype != torch.float32
         was_training = self.model.training
-        if was_training:  # else its many modules would be walked twice for each batch
-            self.model.eval()
-        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            predictions = self.model(images if self.dtype != torch.float32 else images.float())
-        if was_training:
-            self.model.train()
-        if timeline is not None:
-            timeline.lap(MODEL)
-        detections = kernels.decode_nms(
-            predictions.deltas,
-            predictions.logits,
-            self.anchors_cxcywh,
-            score_threshold=self.detection.score_threshold,
-            iou_threshold=self.detection.iou_threshold,
-            max_per_class=self.detection.max_per_class,
-            max_detections=self.detection.max_detections,
-        )
-        if timeline is not None:
-            timeline.lap(DECODING)
-        return detections
+        with timeline.region(MODEL):
+            if was_training:  # else its many modules would be walked twice for each batch
+                self.model.eval()
+            with torch.autocast(images.device.type, dtype=self.dtype, enabled=autocast):
+                predictions = self.model(images if autocast else images.float())
+            if was_training:
+                self.model.train()
+        with timeline.region(DECODING):
+            return kernels.decode_nms(
+                predictions.deltas,
+                predictions.logits,
+                self.anchors_cxcywh,
+                score_threshold=self.detection.score_threshold,
+                iou_threshold=self.detection.iou_threshold,
+                max_per_class=self.detection.max_per_class,
+                max_detections=self.detection.max_detections,
+            )
 
     def detect_all(
         self,
         batches: Iterable[EvalBatch],
         category_ids: np.ndarray | None = None,
-        timeline: Timeline | None = None,
+        timeline: Untimed = UNTIMED,
     ) -> DetectionTable:
         """Detections of many pictures in pixels, read from the device once, at the end.
 
         category_ids: [K] int64, the id to report for label k + 1; left out, the categories' own.
-        timeline: gets the laps PREPROCESSING (which for the most part runs beside the model), MODEL and DECODING.
+        timeline: gets the regions PREPROCESSING (which for the most part runs beside the model), MODEL and DECODING.
         """
         found, image_ids, sizes_hw = [], [], []
-        for batch in batches:
-            if timeline is not None:
-                timeline.lap(PREPROCESSING)
+        for batch in timeline.waits(batches, PREPROCESSING):
             found.append(self.detect(batch.images, timeline))
             image_ids.append(batch.image_ids)
             sizes_hw.append(batch.sizes_hw)
@@ -102,7 +98,7 @@ class Detector:
         return _to_table(found, image_ids, sizes_hw, category_ids)
 
     def detect_set(
-        self, batches: Iterable[EvalBatch], coco_set: CocoSet, world: World, timeline: Timeline | None = None
+        self, batches: Iterable[EvalBatch], coco_set: CocoSet, world: World, timeline: Untimed = UNTIMED
     ) -> DetectionTable:
         """On rank 0 the detections of all ranks' batches, in the order of the set; elsewhere those of its own alone."""
         table = self.detect_all(batches, self.category_ids_in(coco_set), timeline)

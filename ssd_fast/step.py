@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,10 @@ from ssd_fast.distributed import World
 from ssd_fast.loss import Loss, multibox_loss_mean
 from ssd_fast.model import SSD, on_device
 from ssd_fast.optim import group_batch_norm, make_optimizer, make_scaler, set_learning_rate
+from ssd_fast.timing import UNTIMED, Untimed
+
+FORWARD, LOSS, BACKWARD, ALLREDUCE, OPTIMIZER = "forward", "loss", "backward", "allreduce", "optimizer"
+STEP_PARTS = (FORWARD, LOSS, BACKWARD, ALLREDUCE, OPTIMIZER)  # in this order; allreduce is what backward did not hide
 
 
 class Trainer:
@@ -32,7 +36,9 @@ class Trainer:
 
         world: with whom it trains. The model must be the same on all ranks, and stays so but for running_statistics.
         The attribute running_statistics, [N] float32, holds BatchNorm's means and variances; the model has views of it.
+        The attribute timeline may be given one, which gets the regions of STEP_PARTS in every step.
         """
+        self.timeline: Untimed = UNTIMED
         self.world = world or World()
         distributed = distributed or DistributedConfig()
         self.model = on_device(model, device).train()
@@ -53,24 +59,30 @@ class Trainer:
         Does not wait for the device. A step whose loss or gradient is not finite, on any rank, leaves parameters and
         momentum as they were, and one whose own loss is not finite BatchNorm's statistics too.
         """
-        statistics = self.running_statistics.clone()
-        set_learning_rate(self.optimizer, learning_rate)
-        autocast = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
-            predictions = self.model(batch.images if autocast else batch.images.float())
-        loss = multibox_loss_mean(predictions, batch.deltas, batch.labels)
-        self.optimizer.zero_grad()
-        finite = torch.isfinite(loss.total)
-        # An infinite loss may have finite gradients: NaN in their place makes the scaler skip the step all the same,
-        # and by way of the averaged gradients the scaler of every rank.
-        self.scaler.scale(loss.total).backward(torch.where(finite, 1.0, float("nan")))
-        with self.world.averaged_gradients(self.optimizer):
-            self.scaler.unscale_(self.optimizer)
-            if self.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-            self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.dtype == torch.float16 else 1.0)
-        self.running_statistics.copy_(torch.where(finite, self.running_statistics, statistics))
+        timeline, autocast = self.timeline, self.dtype != torch.float32
+        with timeline.region(FORWARD):
+            statistics = self.running_statistics.clone()
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
+                predictions = self.model(batch.images if autocast else batch.images.float())
+        with timeline.region(LOSS):
+            loss = multibox_loss_mean(predictions, batch.deltas, batch.labels)
+            finite = torch.isfinite(loss.total)
+        with timeline.region(BACKWARD):
+            self.optimizer.zero_grad()
+            # An infinite loss may have finite gradients: NaN in their place makes the scaler skip the step all the
+            # same, and by way of the averaged gradients the scaler of every rank.
+            self.scaler.scale(loss.total).backward(torch.where(finite, 1.0, float("nan")))
+        with ExitStack() as averaged:
+            with timeline.region(ALLREDUCE):
+                averaged.enter_context(self.world.averaged_gradients(self.optimizer))
+            with timeline.region(OPTIMIZER):
+                set_learning_rate(self.optimizer, learning_rate)
+                self.scaler.unscale_(self.optimizer)
+                if self.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+                self.scaler.step(self.optimizer)
+                self.scaler.update(None if self.dtype == torch.float16 else 1.0)
+                self.running_statistics.copy_(torch.where(finite, self.running_statistics, statistics))
         return Loss(*(part.detach() for part in loss))
 
     @contextmanager

@@ -2,8 +2,10 @@
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -14,60 +16,112 @@ PREPROCESSING, MODEL, DECODING = "pre-processing", "model", "decoding and NMS"
 _OF_A_BATCH = (PREPROCESSING, MODEL, DECODING)
 _PERCENTILES = (50, 90, 99)
 
+Batch = TypeVar("Batch")
+_Mark: TypeAlias = float | torch.cuda.Event
 
-class Timeline:
+
+class Interval(NamedTuple):
+    """When a part was under way, seconds since the timeline's begin."""
+
+    part: str
+    begin_s: float
+    end_s: float
+
+
+class Untimed:
+    """What a timeline can be asked for, where nobody wants to know."""
+
+    def region(self, part: str) -> AbstractContextManager[None]:
+        """What the device does within it is a part."""
+        return nullcontext()
+
+    def waits(self, batches: Iterable[Batch], part: str) -> Iterator[Batch]:
+        """The batches; what it takes until each is there is a part."""
+        return iter(batches)
+
+
+UNTIMED = Untimed()
+
+
+class Timeline(Untimed):
     """Divides the time since a moment into parts.
 
-    Laps are those of the device that computes. On a GPU events on its stream mark them, which `settle` reads: the
-    host does not wait from one lap to the next.
+    Regions are timed on the device that computes: on a GPU by events on its stream, which `settle` reads, so that the
+    host does not wait in between. Profilers (PyTorch's, on a GPU also Nsight) see a range of the same name.
     """
 
     def __init__(self, device: torch.device, start_s: float) -> None:
         """start_s: where the first part begins, of time.perf_counter."""
+        self.intervals: list[Interval] = []
+        """Of the regions before the last `settle`, in their order."""
         self._device = device
-        self._settled_s = start_s
-        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
+        self._settled_s = self._start_s = start_s
+        self._marked: list[tuple[str, _Mark, _Mark]] = []
+        self._origin: tuple[float, _Mark] = (start_s, start_s)  # the same moment on both clocks
         self._seconds: dict[str, list[float]] = {}
 
-    def lap(self, part: str) -> None:
-        """Says that what the device did since the last call, of `settle` or of this, was a part."""
-        self._laps.append((part, self._mark()))
+    @contextmanager
+    def region(self, part: str) -> Iterator[None]:
+        with self._range(part):
+            begin = self._mark()
+            yield
+            self._marked.append((part, begin, self._mark()))
+
+    def waits(self, batches: Iterable[Batch], part: str) -> Iterator[Batch]:
+        iterator = iter(batches)
+        while True:
+            with self._range(part):
+                begin = self._mark()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                self._marked.append((part, begin, self._mark()))
+            yield batch
 
     def settle(self, part: str) -> None:
-        """Waits for the device; the time since the last call of this is a part, less the laps in between."""
+        """Waits for the device; the time since the last call of this is a part, less the regions in between."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        in_laps = 0.0
-        for (_, begin), (name, end) in zip(self._laps, self._laps[1:], strict=False):
-            seconds = _between(begin, end)
-            in_laps += seconds
-            self._add(name, seconds)
-        self._add(part, now - self._settled_s - in_laps)
+        in_regions = 0.0
+        for name, begin, end in self._marked:
+            begin_s, end_s = self._since_start(begin), self._since_start(end)
+            self.intervals.append(Interval(name, begin_s, end_s))
+            in_regions += end_s - begin_s
+            self._add(name, end_s - begin_s)
+        self._add(part, now - self._settled_s - in_regions)
         self._settled_s = now
-        self._laps = [("", self._mark())]
+        self._marked = []
+        self._origin = (now, self._mark())
 
     def parts(self) -> dict[str, list[float]]:
-        """Seconds of every lap or settled part, by name, in the order in which they first came."""
+        """Seconds of every region or settled part, by name, in the order in which they first came."""
         return self._seconds
 
-    def _mark(self) -> float | torch.cuda.Event:
+    @contextmanager
+    def _range(self, part: str) -> Iterator[None]:
+        """What profilers show."""
+        nvtx = torch.cuda.nvtx.range(part) if self._device.type == "cuda" else nullcontext()
+        with torch.profiler.record_function(part), nvtx:
+            yield
+
+    def _mark(self) -> _Mark:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def _since_start(self, mark: _Mark) -> float:
+        if not isinstance(mark, torch.cuda.Event):
+            return mark - self._start_s
+        origin_s, origin = self._origin
+        assert isinstance(origin, torch.cuda.Event), "settle comes before the first region"
+        return origin_s - self._start_s + origin.elapsed_time(mark) / 1e3
+
     def _add(self, part: str, seconds: float) -> None:
         self._seconds.setdefault(part, []).append(seconds)
-
-
-def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return begin.elapsed_time(end) / 1e3
-    assert isinstance(end, float)
-    return end - begin
 
 
 def format_report(parts: Mapping[str, Sequence[float]], *, num_images: int, batch_size: int) -> str:

@@ -32,6 +32,7 @@ from ssd_fast.dataset import CocoSet, DataError, load_coco
 from ssd_fast.distributed import World, usable_cores
 from ssd_fast.files import write_atomically
 from ssd_fast.inference import Detector, compute_dtype, make_eval_loader
+from ssd_fast.loop import Loop, Window
 from ssd_fast.metrics import MetricsWriter
 from ssd_fast.mlperf_log import MlperfLog
 from ssd_fast.model import SSD
@@ -39,7 +40,7 @@ from ssd_fast.progress import Progress, setup_logging, track
 from ssd_fast.report import draw_report
 from ssd_fast.scoring import Scoring, ScoringRequest
 from ssd_fast.signals import StopRequest
-from ssd_fast.step import LossMeter, Trainer
+from ssd_fast.step import Trainer
 from ssd_fast.weights import load_backbone_weights, load_for_finetuning
 
 logger = logging.getLogger(__name__)
@@ -137,12 +138,10 @@ class Run:
             model, anchors_cxcywh.to(self.device), detection=config.detection, categories=categories, dtype=dtype
         )
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.global_batch_size = config.training.batch_size * world.size
         epochs = config.training.epochs
         self.evaluation_epochs = {epochs, *(epoch for epoch in config.evaluation.epochs if epoch < epochs)}
 
-        self.meter = LossMeter(world)
-        self.step = 0
+        self.loop = Loop(self.trainer, config, steps_per_epoch=self.train_loader.steps_per_epoch)
         self.scores: dict[int, dict[str, float]] = {}
         self.unscored_epoch = 0  # which has been evaluated, and whose score is still to come
         self.scoring: Scoring | None = None  # of that epoch, on rank 0
@@ -156,6 +155,11 @@ class Run:
             write_atomically(output / "config.toml", dump_toml(config).encode())
             self.metrics = MetricsWriter(output, resume_step=self.step if saved else None)
 
+    @property
+    def step(self) -> int:
+        """Steps done since the run began."""
+        return self.loop.step
+
     def train(self, stop: StopRequest) -> Outcome:
         """Runs epochs until the last, the target, or a request to stop."""
         optimizer = self.config.optimizer
@@ -163,8 +167,8 @@ class Run:
             seed=self.config.training.seed,
             train_samples=int(np.count_nonzero(np.diff(self.train_set.images.offsets))),
             eval_samples=len(self.val_set.images.file_names),
-            global_batch_size=self.global_batch_size,
-            learning_rate=optimizer.effective_learning_rate(self.global_batch_size),
+            global_batch_size=self.loop.global_batch_size,
+            learning_rate=optimizer.effective_learning_rate(self.loop.global_batch_size),
             weight_decay=optimizer.weight_decay,
             warmup_steps=optimizer.warmup_steps,
             decay_epochs=optimizer.decay_epochs,
@@ -205,21 +209,12 @@ class Run:
     def _train_epoch(self, epoch: int, stop: StopRequest) -> None:
         """Trains the rest of an epoch, or until the run is over: a request to stop is answered with a checkpoint."""
         training = self.config.training
-        done = self.step - (epoch - 1) * self.steps_per_epoch
         self.mlperf.epoch_start(epoch)
-        self.progress.start_epoch(epoch, self.steps_per_epoch, start_step=done)
-        window_start, window_steps = time.perf_counter(), 0
-        for batch in self.train_loader.epoch():
-            learning_rate = self._learning_rate(self.step)
-            self.meter.add(self.trainer.train_step(batch, learning_rate), self.step)
-            self.step += 1
-            done += 1
-            window_steps += 1
-            if done % training.log_every_steps == 0 or done == self.steps_per_epoch:
-                self._report_window(window_steps, window_start, done, learning_rate)
-                window_start, window_steps = time.perf_counter(), 0
-            scored = self.scoring is not None and self.scoring.is_done()
-            self.stopped_by, scored_epoch = self.world.agree(stop.received, self.unscored_epoch if scored else 0)
+        self.progress.start_epoch(epoch, self.steps_per_epoch, start_step=self.step % self.steps_per_epoch)
+        for done in self.loop.steps(self.train_loader.epoch(), partial(self._flags, stop)):
+            if done.window:
+                self._report_window(done.window)
+            self.stopped_by, scored_epoch = done.agreed
             if scored_epoch:
                 self._take_score(scored_epoch)
             if self.stopped_by or (
@@ -234,31 +229,33 @@ class Run:
                 return
         self.mlperf.epoch_stop(epoch)
 
-    def _learning_rate(self, step: int) -> float:
-        return self.config.optimizer.learning_rate_at(
-            step, global_batch_size=self.global_batch_size, steps_per_epoch=self.steps_per_epoch
-        )
+    def _flags(self, stop: StopRequest) -> tuple[int, int]:
+        """For the other ranks: the signal that asks to stop, and the epoch that has a score."""
+        scored = self.scoring is not None and self.scoring.is_done()
+        return stop.received, self.unscored_epoch if scored else 0
 
-    def _report_window(self, steps: int, start: float, done: int, learning_rate: float) -> None:
+    def _report_window(self, window: Window) -> None:
         """Shows the losses since the last reading; raises FloatingPointError when too many are not finite."""
-        window = self.meter.read()
-        images_per_second = steps * self.global_batch_size / (time.perf_counter() - start)
-        if window.num_nonfinite:
+        losses = window.losses
+        if losses.num_nonfinite:
             what = (
-                f"the loss was not finite in {window.num_nonfinite} of the last {steps} steps, last at step "
-                f"{window.last_nonfinite_step} (learning rate {self._learning_rate(window.last_nonfinite_step):.4g})"
+                f"the loss was not finite in {losses.num_nonfinite} of the last {window.num_steps} steps, last at step "
+                f"{losses.last_nonfinite_step} (learning rate "
+                f"{self.loop.learning_rate(losses.last_nonfinite_step):.4g})"
             )
-            if window.longest_nonfinite > self.config.training.max_nonfinite_steps:
+            if losses.longest_nonfinite > self.config.training.max_nonfinite_steps:
                 raise FloatingPointError(
-                    f"{what}: {window.longest_nonfinite} in a row, more than training.max_nonfinite_steps = "
+                    f"{what}: {losses.longest_nonfinite} in a row, more than training.max_nonfinite_steps = "
                     f"{self.config.training.max_nonfinite_steps}; a lower learning rate or a longer warm-up may help"
                 )
             self.progress.warning(f"{what}; those steps were skipped")
-        losses = {"loss": window.total, "box_loss": window.box, "class_loss": window.class_}
-        figures = {"learning_rate": learning_rate, "images_per_second": images_per_second}
-        self.progress.update(done, **losses, **figures)
+        means = {"loss": losses.total, "box_loss": losses.box, "class_loss": losses.class_}
+        rate = window.num_steps * self.loop.global_batch_size / window.seconds
+        figures = {"learning_rate": window.learning_rate, "images_per_second": rate}
+        done = (self.step - 1) % self.steps_per_epoch + 1
+        self.progress.update(done, **means, **figures)
         if self.metrics:
-            self.metrics.train(self.step, self.step / self.steps_per_epoch, **losses, **figures)
+            self.metrics.train(self.step, self.step / self.steps_per_epoch, **means, **figures)
 
     def _is_finished(self) -> bool:
         return _is_finished(self.config, self.steps_per_epoch, self.step, self.scores)
@@ -379,7 +376,7 @@ class Run:
         torch.set_rng_state(saved.rng["cpu"])
         if "cuda" in saved.rng and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved.rng["cuda"], self.device)
-        self.step = saved.step
+        self.loop.step = saved.step
         self.scores = dict(saved.scores)
         logger.info("%s: goes on after step %d", self.output, self.step)
 

@@ -253,7 +253,7 @@ def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterat
     from ssd_fast.config import load_config
     from ssd_fast.dataset import Category
     from ssd_fast.inference import make_random_detector
-    from ssd_fast.timing import DECODING, MODEL, PREPROCESSING, Timeline
+    from ssd_fast.timing import DECODING, MODEL, Timeline
 
     categories = tuple(Category(number, str(number)) for number in range(1, 81))
     for precision, batch_size in (("fp16", 1), ("fp16", 8), ("fp16", 32), ("bf16", 32)):
@@ -266,7 +266,6 @@ def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterat
         timeline = Timeline(GPU, time.perf_counter())
         timeline.settle("first batches")
         for _ in range(20):
-            timeline.lap(PREPROCESSING)  # there is none
             detector.detect(images, timeline)
         timeline.settle("the host's")
         seconds = {part: statistics.median(laps) for part, laps in timeline.parts().items()}
