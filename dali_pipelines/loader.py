@@ -71,14 +71,18 @@ def run(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple
     paths: the files that may be in the batch.
     Raises PictureError when one of them cannot be read or decoded; the pipeline is of no use afterwards.
     """
+    return tuple(torch.from_dlpack(output.as_tensor()) for output in run_ragged(pipeline, device, paths))
+
+
+def run_ragged(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple[Any, ...]:
+    """As `run`, but the outputs are DALI's lists of tensors, which may differ in shape."""
     try:
-        outputs = pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+        return pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
     except RuntimeError as error:
         message = str(error)
         if not re.search(r"operator `nvidia\.dali\.fn\.(readers|decoders)\.", message):
             raise
         raise PictureError(_explain(message, paths)) from None
-    return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
 
 
 def _device_index(device: torch.device) -> int:

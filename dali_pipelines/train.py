@@ -16,10 +16,14 @@ from torch import Tensor
 
 from dali_pipelines.batch import LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes
-from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
+from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run, run_ragged
 
 # With "no crop" among seven options one picture in 10^66 needs more; without it some boxes may allow no crop at all.
 _MAX_OPTIONS_DRAWN = 1000
+
+PIXEL_PARTS = ("read", "crop and decode", "resize", "colour, normalise, flip")
+_LAST_OF_PIXELS = PIXEL_PARTS[-1]
+_PAGE_BYTES = 4096
 
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From the ground truths of a batch, boxes_ltrb [T, 4] float32, labels [T] int32 and offsets [B + 1] int64 (those of
@@ -136,11 +140,14 @@ class TrainLoader:
                     shuffle_after_epoch_seed=_derived_seed(seed, 0),
                     pad_last_batch=True,
                 )
-                pixels, boxes, labels = _augmented(encoded, boxes, labels, image_size, augmentation, device)
+                parts, boxes, labels = _augmented(encoded, boxes, labels, image_size, augmentation, device)
                 targets = _padded(boxes, labels) if encode else target_nodes(boxes, labels, anchors_ltrb, device)
-                pipeline.set_outputs(pixels, *targets, positions)
+                pipeline.set_outputs(*self._outputs(parts, targets, positions))
             pipeline.build()
         self._pipeline: Pipeline | None = pipeline
+
+    def _outputs(self, parts: dict[str, Any], targets: tuple[Any, Any], positions: Any) -> tuple[Any, ...]:
+        return parts[_LAST_OF_PIXELS], *targets, positions
 
     def epoch(self) -> Iterator[TrainBatch]:
         """The rest of the current epoch, or the whole next one where that is at its end.
@@ -173,11 +180,30 @@ class TrainLoader:
         self.close()
 
 
+class CutInput(TrainLoader):
+    """A TrainLoader whose pipeline ends after one of its parts: its batches are made, and of no use but to be timed."""
+
+    def __init__(self, until: str, **arguments: Any) -> None:
+        """until: one of PIXEL_PARTS. arguments: TrainLoader's."""
+        self._until = until
+        super().__init__(**arguments)
+
+    def _outputs(self, parts: dict[str, Any], targets: tuple[Any, Any], positions: Any) -> tuple[Any, ...]:
+        return (parts[self._until],)
+
+    def run_batch(self) -> None:
+        """Makes the next batch; on a GPU, queues it on torch's current stream. Raises as `epoch` does."""
+        assert self._pipeline is not None, "the loader is closed"
+        run_ragged(self._pipeline, self._device, self._paths)
+
+
 def _augmented(
     encoded: Any, boxes: Any, labels: Any, image_size: int, augmentation: Augmentation, device: torch.device
-) -> tuple[Any, Any, Any]:
-    """Graph nodes of the normalised pictures [S, S, 3] and, on the CPU, of their boxes (ltrb fractions) and labels.
+) -> tuple[dict[str, Any], Any, Any]:
+    """Graph nodes of the pictures after each of PIXEL_PARTS and, on the CPU, of their boxes (ltrb) and labels.
 
+    The last part gives normalised pictures [S, S, 3]. That of reading is one byte of each page of the files: they are
+    mapped into memory, hence read when they are looked at.
     Colours are changed by DALI's one-pass operator, which differs from torchvision's ColorJitter in three ways. The
     order is fixed: hue and saturation, then contrast, then brightness, without clipping in between. Contrast pulls
     towards 128, not towards the picture's mean grey. Hue turns the chroma plane of YIQ instead of the hue of HSV, by
@@ -199,7 +225,7 @@ def _augmented(
         bbox_layout="xyXY",
         quiet=True,
     )
-    pixels = fn.decoders.image_slice(
+    decoded = fn.decoders.image_slice(
         encoded,
         corner,
         extent,
@@ -207,8 +233,9 @@ def _augmented(
         output_type=types.RGB,
         adjust_orientation=False,  # boxes are in the frame of the stored pixels
     )
+    shrunk = resized(decoded, image_size)
     pixels = fn.color_twist(
-        resized(pixels, image_size),
+        shrunk,
         brightness=_uniform(*augmentation.brightness),
         contrast=_uniform(*augmentation.contrast),
         saturation=_uniform(*augmentation.saturation),
@@ -216,7 +243,8 @@ def _augmented(
     )
     flip = fn.random.coin_flip(probability=augmentation.flip_probability)
     pixels = normalised(pixels, device, mirror=flip)
-    return pixels, fn.bb_flip(boxes, ltrb=True, horizontal=flip), labels
+    parts = dict(zip(PIXEL_PARTS, (encoded[::_PAGE_BYTES], decoded, shrunk, pixels), strict=True))
+    return parts, fn.bb_flip(boxes, ltrb=True, horizontal=flip), labels
 
 
 def _padded(boxes: Any, labels: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -398,21 +398,28 @@ def make_train_loader(
     saved: Checkpoint | None = None,
 ) -> TrainLoader:
     """This rank's batches of a set, from where a checkpoint was saved."""
-    return TrainLoader(
-        images=coco_set.images,
-        anchors_ltrb=cxcywh_to_ltrb(anchors_cxcywh).numpy(),
-        encode=make_encode(config, anchors_cxcywh.to(device)),
-        image_size=config.model.image_size,
-        batch_size=config.training.batch_size,
-        device=device,
-        num_threads=config.data.num_threads or usable_cores(),
-        prefetch_batches=config.data.prefetch_batches,
-        seed=config.training.seed,
-        rank=world.rank,
-        world_size=world.size,
-        augmentation=Augmentation(**config.augmentation.model_dump()),
-        state=bytes(saved.loader[world.rank].numpy()) if saved else None,
-    )
+    state = bytes(saved.loader[world.rank].numpy()) if saved else None
+    return TrainLoader(**loader_arguments(config, coco_set, anchors_cxcywh, device, world), state=state)
+
+
+def loader_arguments(
+    config: Config, coco_set: CocoSet, anchors_cxcywh: Tensor, device: torch.device, world: World
+) -> dict[str, Any]:
+    """Those of TrainLoader, but for its state."""
+    return {
+        "images": coco_set.images,
+        "anchors_ltrb": cxcywh_to_ltrb(anchors_cxcywh).numpy(),
+        "encode": make_encode(config, anchors_cxcywh.to(device)),
+        "image_size": config.model.image_size,
+        "batch_size": config.training.batch_size,
+        "device": device,
+        "num_threads": config.data.num_threads or usable_cores(),
+        "prefetch_batches": config.data.prefetch_batches,
+        "seed": config.training.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "augmentation": Augmentation(**config.augmentation.model_dump()),
+    }
 
 
 def make_encode(config: Config, anchors_cxcywh: Tensor) -> Encode | None:
