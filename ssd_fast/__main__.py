@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ssd_fast.config import DistributedConfig, load_config
+from ssd_fast.config import Config, DistributedConfig, load_config
 
 NOT_REACHED = 3  # exit status of `evaluate --target`; 1 is an error, 2 a mistyped command
 
@@ -201,30 +201,108 @@ def export(
 class Stage(enum.StrEnum):
     """What `profile` can measure."""
 
+    ALL = "all"
+    INPUT = "input"
+    STEP = "step"
+    BOTH = "both"
+    EVALUATION = "evaluation"
     KERNELS = "kernels"
 
 
 @app.command()
 def profile(
-    config: Annotated[list[Path], typer.Option(help="Recipe (TOML); may be repeated.", show_default=False)],
-    stage: Annotated[Stage, typer.Option(help="What to measure.")] = Stage.KERNELS,
+    config: Annotated[
+        list[Path] | None, typer.Option(help="Recipe (TOML); --stage kernels takes several.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data folder in COCO's layout; step and kernels do without.", show_default=False),
+    ] = None,
+    stage: Annotated[Stage, typer.Option(help="What to measure.")] = Stage.ALL,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html, profile.json and traces (or kernels.json).", show_default=False),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Earlier profile (its folder or profile.json) to compare with; two: compare these.", show_default=False
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Whose weights to take; left out, random ones, which detect nothing.", show_default=False),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each stage; at least six steps are taken.")] = 10.0,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures at a time; left out, 8 on a CPU, 128 (32) on a GPU.")
+        int | None, typer.Option(min=1, help="kernels: pictures at a time; left out, 8 on a CPU, 128 (32) on a GPU.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Calls of each implementation; fewer of slow ones.")] = 20,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="JSON file for every single time.", show_default=False)
-    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="kernels: calls of each; fewer of slow ones.")] = 20,
     overrides: SetOption = None,
 ) -> None:
-    """Time the operators beside plain PyTorch, torchvision and DALI, on the same input."""
-    recipes = [load_config(path, overrides or ()) for path in config]
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json {json_file}: expected a file in a folder that exists")
+    """Find out what bounds the throughput: input, step, both, evaluation; or time the operators beside others."""
+    recipes = [load_config(path, overrides or ()) for path in config or ()]
+    compared = compare or []
+    if len(compared) > 2:
+        raise ValueError("--compare: expected one earlier profile, or two to be compared with each other")
+    if not recipes and (len(compared) < 2 or stage is Stage.KERNELS):
+        raise ValueError("expected --config, or two profiles to --compare")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: expected a folder, or a new one in a folder that exists")
+    if stage is Stage.KERNELS:
+        _profile_kernels(recipes, batch_size, repeats, output)
+        return
+    if len(recipes) > 1 or (recipes and len(compared) == 2):
+        raise ValueError("--config: expected one recipe (--stage kernels takes several), or none for two to --compare")
+    if recipes and data is None and stage is not Stage.STEP:
+        raise ValueError(f"--stage {stage}: expected --data; --stage step does without")
+    _profile_training(recipes, config or [], data, stage, output, compared, checkpoint, seconds)
 
+
+def _profile_training(
+    recipes: list[Config],
+    paths: list[Path],
+    data: Path | None,
+    stage: Stage,
+    output: Path | None,
+    compare: list[Path],
+    checkpoint: Path | None,
+    seconds: float,
+) -> None:
+    from ssd_fast import distributed, files, profile, profile_model, profile_report, progress
+
+    progress.setup_logging(None)
+    earlier = [profile_model.read_profile(path) for path in compare]
+    if not recipes:
+        print(profile_report.compare_profiles(*earlier))
+        return
+    stages = {
+        Stage.INPUT: [profile_model.INPUT_ALONE],
+        Stage.STEP: [profile_model.STEP_ALONE],
+        Stage.BOTH: [profile_model.STEP_ALONE, profile_model.BOTH],
+        Stage.EVALUATION: [profile_model.EVALUATION],
+    }.get(stage, list(profile_model.STAGES))
+    with distributed.connect(recipes[0].distributed) as world:
+        if output is not None and world.is_main:
+            output.mkdir(exist_ok=True)
+        profiler = profile.Profiler(recipes[0], data, world, seconds=seconds, checkpoint=checkpoint)
+        trace = output / f"trace_rank{world.rank}.json.gz" if output else None
+        measured = profiler.profile(stages, recipe=paths[0].name, trace=trace)
+    if not world.is_main:
+        return
+    print(profile_report.format_profile(measured))
+    if earlier:
+        print("\n" + profile_report.compare_profiles(earlier[0], measured))
+    if output is not None:
+        files.write_atomically(output / "profile.json", measured.model_dump_json(indent=1).encode())
+        page = profile_report.to_html(measured, earlier[0] if earlier else None)
+        files.write_atomically(output / "report.html", page.encode())
+        print(f"\n{output}: report.html, profile.json, and traces for https://ui.perfetto.dev")
+
+
+def _profile_kernels(recipes: list[Config], batch_size: int | None, repeats: int, output: Path | None) -> None:
     from ssd_fast import distributed, files, kernel_profile
 
-    assert stage is Stage.KERNELS
     environment, measured = kernel_profile.profile_kernels(
         recipes, distributed.World().device(), batch_size=batch_size, repeats=repeats
     )
@@ -234,8 +312,9 @@ def profile(
         print(kernel_profile.format_row(row), flush=True)
         rows.append(row)
     print("\n" + kernel_profile.format_legend())
-    if json_file is not None:
-        files.write_atomically(json_file, kernel_profile.to_json(environment, rows).encode())
+    if output is not None:
+        output.mkdir(exist_ok=True)
+        files.write_atomically(output / "kernels.json", kernel_profile.to_json(environment, rows).encode())
 
 
 @app.command()
@@ -311,7 +390,7 @@ def benchmark(
 
     progress.setup_logging(None)
     device = distributed.World().device()
-    categories = loadgen.NUMBERED_CATEGORIES
+    categories = dataset.NUMBERED_CATEGORIES
     if data is not None and given is not None:
         categories = dataset.read_categories(data / given.data.val_annotations)
     if checkpoint is not None:

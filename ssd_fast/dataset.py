@@ -42,6 +42,10 @@ class Category(NamedTuple):
     name: str
 
 
+NUMBERED_CATEGORIES = tuple(Category(number, f"class {number}") for number in range(1, 81))
+"""As many as COCO has: for networks without names where there are no annotations."""
+
+
 class CocoSet(NamedTuple):
     """A validated data set.
 

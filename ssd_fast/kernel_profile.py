@@ -8,25 +8,22 @@ On the CPU, times are the host's. On a GPU they are those of CUDA events, with t
 work queued ahead of the host; except for DALI, whose own stream the host waits for: there they are the host's.
 """
 
-import ctypes
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import kernels
+from ssd_fast import hardware
 from ssd_fast.anchors import model_anchors
 from ssd_fast.config import Config
 from ssd_fast.kernel_cases import DIFFERENCE_UNITS, ORACLE, OURS, Case, Implementation, make_cases
 from ssd_fast.timing import device_name
 
 _MIN_REPEATS, _SECONDS_EACH = 3, 1.0
-_COPIED_BYTES = 2**28
 _FLUSHED_BYTES = 2**30
 
 
@@ -95,7 +92,7 @@ def profile_kernels(
         torch=torch.__version__,
         kernels_cuda=kernels.cuda_build(),
         dtype="float32" if device.type == "cpu" else "float16",
-        copy_bytes_per_s=_copy_rate(device),
+        copy_bytes_per_s=hardware.copy_rate(device),
     )
     return environment, _rows(configs, device, batch_size, repeats, environment.copy_bytes_per_s)
 
@@ -244,39 +241,17 @@ def _timed(run: Callable[[], Any], device: torch.device, *, on_host: bool) -> fl
     return time.perf_counter() - begin
 
 
-def _copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written ones together, of copying what no cache holds."""
-    source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    seconds = [_timed(lambda: target.copy_(source), device, on_host=False) for _ in range(12)]
-    return 2 * _COPIED_BYTES / statistics.median(seconds[2:])
-
-
 def _peak_bytes(item: Implementation, device: torch.device) -> int | None:
     """Most memory that a call has at one time beyond what there was before; None where it cannot be known.
 
     On the CPU it is the growth of the process's resident set, whose peak Linux keeps: that counts what the C++ of an
-    operator allocates behind PyTorch's back, too. Memory that was freed but kept is given back before.
+    operator allocates behind PyTorch's back, too.
     """
-    if item.failure:
+    if item.failure or not hardware.reset_peak_memory(device):
         return None
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        item.run()
-        return torch.cuda.max_memory_allocated(device) - before
-    clear = Path("/proc/self/clear_refs")
-    if not os.access(clear, os.W_OK):
-        return None
-    ctypes.CDLL(None).malloc_trim(0)
-    clear.write_text("5")  # the peak is now what is resident
-    before = _resident_bytes("VmHWM")
+    before = hardware.peak_memory(device)
     item.run()
-    return _resident_bytes("VmHWM") - before
-
-
-def _resident_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    return hardware.peak_memory(device) - before
 
 
 def _times(samples_s: list[float], *, ours_s: float, copy_s: float) -> Times | None:

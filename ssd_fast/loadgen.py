@@ -31,7 +31,7 @@ from dali_pipelines.evaluate import EvalLoader
 from dali_pipelines.synthetic import SyntheticEvalLoader
 from ssd_fast.coco_eval import DetectionTable
 from ssd_fast.config import BenchmarkConfig, Config
-from ssd_fast.dataset import Category, CocoSet, DataError
+from ssd_fast.dataset import CocoSet, DataError
 from ssd_fast.inference import Detector, make_eval_loader
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 Scenario = Literal["Offline", "SingleStream", "Server", "MultiStream"]
 Mode = Literal["performance", "accuracy", "find-load"]
 
-NUMBERED_CATEGORIES = tuple(Category(number, f"class {number}") for number in range(1, 81))
-"""As many as COCO has: for weights without names where there are no annotations."""
 ACCURACY_LOG = "mlperf_log_accuracy.json"
 _DETAIL_LOG = "mlperf_log_detail.txt"
 _LOGS = (ACCURACY_LOG, _DETAIL_LOG, "mlperf_log_summary.txt")

@@ -83,7 +83,7 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, world: 
             raise CheckpointError(
                 f"{output}: a run of {len(saved.loader)} processes: expected as many to go on with it, not {world.size}"
             )
-        train_set, val_set = _load_sets(config, data_dir)
+        train_set, val_set = load_sets(config, data_dir)
         if world.is_main:
             (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             setup_logging(output / "train.log")
@@ -442,7 +442,7 @@ def box_encoder(setting: str, device: torch.device) -> str:
     return "kernels" if device.type == "cpu" else "dali"
 
 
-def _load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:
+def load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:
     """The training and the validation set; DataError when they do not go together."""
     data = config.data
     train_set = load_coco(

@@ -192,7 +192,7 @@ def _measure_kernels(_arguments: argparse.Namespace, scratch: Path) -> Iterator[
     """Times of the operators by `ssd-fast profile`, against their targets."""
     report = scratch / "kernels.json"
     recipes = ("--config", RECIPE, "--config", RECIPE_1200)
-    run = _run(sys.executable, "-m", "ssd_fast", "profile", *recipes, "--stage", "kernels", "--json", report)
+    run = _run(sys.executable, "-m", "ssd_fast", "profile", *recipes, "--stage", "kernels", "--output", scratch)
     if run.returncode:
         yield "times of the operators", "", f"FAILED: {run.stdout.strip().splitlines()[-1]}"
         return

@@ -20,7 +20,7 @@ from ssd_fast import loadgen
 from ssd_fast.__main__ import main
 from ssd_fast.coco_eval import read_results, score, twelve_numbers
 from ssd_fast.config import load_config
-from ssd_fast.dataset import CocoSet, DataError, load_coco
+from ssd_fast.dataset import NUMBERED_CATEGORIES, CocoSet, DataError, load_coco
 from ssd_fast.distributed import World
 from ssd_fast.inference import make_eval_loader, make_random_detector
 
@@ -410,7 +410,7 @@ def test_bad_calls_are_refused(run: Run, tmp_path: Path, options: list, message:
 def test_pictures_left_out_would_shift_the_log(synthetic_set: Path, tmp_path: Path) -> None:
     coco_set = load_set(synthetic_set)._replace(num_left_out_images=1)
     config = tiny_config(SHORT)
-    detector = make_random_detector(config, loadgen.NUMBERED_CATEGORIES, torch.device("cpu"))
+    detector = make_random_detector(config, NUMBERED_CATEGORIES, torch.device("cpu"))
     with pytest.raises(DataError, match="1 of its pictures are left out"):
         loadgen.run(
             detector,

@@ -1,210 +1,183 @@
-"""The benchmark of the operators: its inputs are what they are called, and nothing wrong is timed."""
+"""The profile of training: what it measures is what runs, and a planted bottleneck is found."""
 
+import gzip
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY
-from torch import Tensor
+from tiny import TINY, tiny_config
 from typer.testing import CliRunner
 
-from kernels import reference
-from ssd_fast import kernel_cases, kernel_profile
+from dali_pipelines import loader, train
+from ssd_fast import loop, step
 from ssd_fast.__main__ import app
-from ssd_fast.anchors import model_anchors
 from ssd_fast.config import load_config
-from ssd_fast.kernel_cases import ORACLE, OURS, Case, Implementation
-from ssd_fast.kernel_profile import ProfileError, measure
-
-CPU = torch.device("cpu")
-SSD300, SSD1200, DEMO = (REPOSITORY / "configs" / f"{name}.toml" for name in ("ssd300", "ssd1200", "demo"))
-PREDICTIONS = (
-    kernel_cases.network_like,
-    kernel_cases.every_anchor,
-    kernel_cases.identical_boxes,
-    kernel_cases.no_candidates,
-)
+from ssd_fast.distributed import World
+from ssd_fast.loss import Loss
+from ssd_fast.profile import Profiler
+from ssd_fast.profile_model import BOTH, EVALUATION, INPUT_ALONE, STAGES, STEP_ALONE, Profile, read_profile
+from ssd_fast.step import OPTIMIZER, STEP_PARTS, Trainer
 
 
-def anchors_of(recipe: Path) -> Tensor:
-    return model_anchors(load_config(recipe).model)
+def measure(data: Path | None, stages: Sequence[str], overrides: Sequence[str] = (), seconds: float = 0.3) -> Profile:
+    return Profiler(tiny_config(overrides), data, World(), seconds=seconds).profile(stages, "tiny.toml")
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
-
-
-def above_threshold(logits: Tensor) -> Tensor:
-    """[B, A, C - 1] bool, the candidates."""
-    return logits.softmax(dim=-1)[..., 1:] > 0.05
-
-
-def case_of(**runs: Callable[[], Any]) -> Case:
-    """A case whose implementations give numbers; they may differ by 0.1."""
-    implementations = tuple(
-        Implementation(name, run, lambda result, expected: abs(result - expected), 0.1) for name, run in runs.items()
-    )
-    return Case("decode_nms", "input", batch_size=1, num_anchors=10, num_bytes=1000, implementations=implementations)
-
-
-# ---- inputs ----
-
-
-def test_network_like_predictions_have_350_candidates_in_clusters_of_many_classes() -> None:
-    anchors = anchors_of(SSD300)
-    deltas, logits = kernel_cases.network_like(anchors, 4, generator())
-    candidates = above_threshold(logits)
-    assert all(300 < count <= 350 for count in candidates.sum(dim=(1, 2)).tolist())
-    assert all(count > 30 for count in candidates.any(dim=1).sum(dim=1).tolist())
-    kept = reference.decode_nms(deltas, logits, anchors).counts
-    assert all(60 < count < 200 for count in kept.tolist())  # suppression has something to do
-    assert logits[~candidates.any(dim=2)].argmax(dim=-1).eq(0).all()
-
-
-@pytest.mark.parametrize("make_input", [kernel_cases.every_anchor, kernel_cases.identical_boxes])
-def test_every_anchor_has_as_many_candidates_as_can_be_in_half_precision_too(make_input: Any) -> None:
-    anchors = anchors_of(DEMO)
-    deltas, logits = make_input(anchors, 2, generator())
-    for values in (logits, logits.half().float()):
-        assert above_threshold(values).sum(dim=2).eq(19).all()
-    boxes = reference.decode_deltas(deltas, anchors)
-    assert (make_input is kernel_cases.identical_boxes) == torch.allclose(boxes, boxes[:1, :1], atol=1e-5)
-
-
-def test_no_candidates_are_none() -> None:
-    assert not above_threshold(kernel_cases.no_candidates(anchors_of(SSD300), 2, generator())[1]).any()
-
-
-def test_anchors_that_rounding_decides_are_those_of_equal_overlap() -> None:
-    anchors = torch.tensor([[0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 1, 2], [4, 4, 6, 6], [4, 4, 6, 5], [8, 8, 9, 9]]).float()
-    boxes = torch.tensor([[0, 0, 1, 1], [4, 4, 6, 6]]).float()  # overlap anchors 1 and 2 equally; 3 best, 4 by a half
-    decided = kernel_cases.decided_by_rounding(reference.iou_matrix(boxes, anchors))
-    assert decided.tolist() == [False, True, True, False, True, False]
-    twins = torch.tensor([[4, 4, 6, 6], [4, 4, 6, 6]]).float()
-    assert kernel_cases.decided_by_rounding(reference.iou_matrix(twins, anchors)).tolist()[3:5] == [True, True]
-
-
-# ---- implementations ----
-
-
-@pytest.mark.parametrize("make_input", PREDICTIONS, ids=lambda make_input: make_input.__name__)
-def test_torchvisions_ways_find_what_the_oracle_finds(make_input: Any) -> None:
-    anchors = anchors_of(DEMO)
-    predictions = make_input(anchors, 2, generator())
-    expected = reference.decode_nms(*predictions, anchors)
-    for decode in (kernel_cases.decode_per_class, kernel_cases.decode_batched):
-        found = decode(*predictions, anchors)
-        assert torch.equal(found.counts, expected.counts)
-        torch.testing.assert_close(found.scores, expected.scores)
-        assert kernel_cases.unmatched(found, expected) <= 0.005
-
-
-def test_detections_that_are_missing_or_moved_are_counted() -> None:
-    anchors = anchors_of(DEMO)
-    found = reference.decode_nms(*kernel_cases.network_like(anchors, 2, generator()), anchors)
-    total = int(found.counts.sum())
-    assert kernel_cases.unmatched(found, found) == 0
-    fewer = found._replace(counts=found.counts - 3)
-    assert kernel_cases.unmatched(fewer, found) == pytest.approx(6 / (2 * total - 6))
-    moved = found._replace(boxes_ltrb=found.boxes_ltrb.index_fill(1, torch.tensor([0]), 5.0))
-    assert kernel_cases.unmatched(moved, found) == pytest.approx(4 / (2 * total))
-    relabelled = found._replace(labels=found.labels + 1)
-    assert kernel_cases.unmatched(relabelled, found) == 1
-
-
-# ---- measuring ----
-
-
-def test_implementations_take_turns_and_slow_ones_have_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    case = case_of(**{name: lambda name=name: calls.append(name) or 1 for name in (OURS, ORACLE, "other")})
-    rows = measure(case, CPU, repeats=5, copy_rate=1e9)
-    assert calls[-15:] == [OURS, ORACLE, "other"] * 5
-    assert [len(row.times.samples_s) for row in rows if row.times] == [5, 5, 5]
-    monkeypatch.setattr(kernel_profile, "_SECONDS_EACH", 0.0)
-    rows = measure(case, CPU, repeats=5, copy_rate=1e9)
-    assert [len(row.times.samples_s) for row in rows if row.times] == [3, 3, 3]
-
-
-def test_a_wrong_result_is_not_timed() -> None:
-    case = case_of(**{OURS: lambda: 1, ORACLE: lambda: 1, "other": lambda: 1.5})
-    with pytest.raises(ProfileError, match=r"decode_nms, input, 10 anchors: the result of other differs .* by 0\.5"):
-        measure(case, CPU, repeats=1, copy_rate=1e9)
-    with pytest.raises(ProfileError, match="nan"):
-        measure(case_of(**{OURS: lambda: torch.nan, ORACLE: lambda: 1}), CPU, repeats=1, copy_rate=1e9)
-
-
-def test_a_gradient_that_is_not_a_number_is_a_difference() -> None:
-    good, bad = torch.tensor([1.0, 4.0]), torch.tensor([1.0, torch.nan])
-    assert kernel_cases.loss_difference((good, good), (good, good)) == 0
-    assert kernel_cases.loss_difference((good, good - 1), (good, good)) == 0.25
-    assert not kernel_cases.loss_difference((good, bad), (good, good)) <= 1
-    assert not kernel_cases.loss_difference((bad, good), (good, good)) <= 1
-
-
-def test_memory_is_the_peak_not_what_remains() -> None:
-    def run() -> int:
-        torch.ones(8 * 2**20)  # 32 MiB, freed before the next
-        return int(torch.ones(12 * 2**20)[0])
-
-    case = case_of(**{OURS: run, ORACLE: lambda: 1})._replace(measure_memory=True)
-    ours, oracle = measure(case, CPU, repeats=1, copy_rate=1e9)
-    assert ours.peak_bytes == pytest.approx(48 * 2**20, rel=0.1)
-    assert oracle.peak_bytes is not None
-    assert oracle.peak_bytes < 2**20
-
-
-# ---- the command ----
-
-
-def test_the_command_measures_everything_and_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(function: Any, **_: Any) -> Any:
-        def run(*_: Tensor) -> None:
-            raise RuntimeError("no C++ compiler\nat all")
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    path = tmp_path / "times.json"
-    recipes = ["--config", str(DEMO), "--config", str(SSD1200)]
-    arguments = ["profile", *recipes, "--batch-size", "1", "--repeats", "1", "--json", str(path)]
-    result = CliRunner().invoke(app, arguments)
+def test_the_command_leaves_a_report_that_can_be_compared(synthetic_set: Path, tmp_path: Path) -> None:
+    sets = [argument for key in TINY for argument in ("--set", key)]
+    arguments = ["profile", "--config", str(REPOSITORY / "configs" / "demo.toml"), *sets, "--seconds", "0.3"]
+    first = tmp_path / "first"
+    result = CliRunner().invoke(app, [*arguments, "--data", str(synthetic_set), "--output", str(first)])
     assert result.exit_code == 0, result.output
-    content = json.loads(path.read_text())
-    assert content["environment"]["copy_bytes_per_s"] > 0
-    rows = content["rows"]
-    peers = {
-        "encode_boxes": ["DALI"],
-        "multibox_loss": ["torch.compile"],
-        "decode_nms": ["nms per class", "batched_nms"],
-    }
-    inputs = {
-        "encode_boxes": ["8 boxes an image", "60 boxes an image"],
-        "multibox_loss": ["forward and backward"],
-        "decode_nms": ["network like", "every anchor", "identical boxes", "no candidates"],
-    }
-    assert [(row["num_anchors"], row["operator"], row["input"], row["implementation"]) for row in rows] == [
-        (num_anchors, operator, input_, name)
-        for num_anchors in (len(anchors_of(DEMO)), 15_130)
-        for operator in peers
-        for input_ in inputs[operator]
-        for name in (OURS, ORACLE, *peers[operator])
-    ]
-    failed = [row for row in rows if row["implementation"] == "torch.compile"]
-    assert [row["failure"] for row in failed] == ["RuntimeError: no C++ compiler"] * 2
-    assert all(len(row["times"]["samples_s"]) == 1 for row in rows if row not in failed)
-    assert all(row["times"]["ratio"] == 1 for row in rows if row["implementation"] == OURS)
-    lines = result.stdout.splitlines()
-    assert sum("no C++ compiler" in line for line in lines) == 2
-    assert sum(line.startswith(tuple(peers)) for line in lines) == len(rows)
+    assert "Bound by " in result.stdout
+    report = read_profile(first)
+    assert [stage.name for stage in report.stages] == list(STAGES)
+    for stage in report.stages:
+        assert sum(part.median_s for part in stage.parts) == pytest.approx(stage.whole.median_s, rel=0.25)
+        for number, whole in enumerate(zip(*stage.samples.values(), strict=True)):
+            assert sum(whole) > 0, (stage.name, number)
+    page = (first / "report.html").read_text()
+    assert all(stage.name in page for stage in report.stages)
+    events = json.loads(gzip.decompress((first / "trace_rank0.json.gz").read_bytes()))["traceEvents"]
+    assert set(STEP_PARTS) <= {event.get("name") for event in events}
+
+    second = tmp_path / "second"
+    arguments += ["--stage", "step", "--set", "training.batch_size=4", "--output", str(second)]
+    result = CliRunner().invoke(app, [*arguments, "--compare", str(first)])
+    assert result.exit_code == 0, result.output
+    assert "training.batch_size" in result.stdout
+    result = CliRunner().invoke(app, ["profile", "--compare", str(first), "--compare", str(second)])
+    assert result.exit_code == 0, result.output
+    assert "training.batch_size" in result.stdout
 
 
-def test_the_command_refuses_before_it_measures(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["profile", "--config", str(DEMO), "--json", str(tmp_path / "none" / "a.json")])
-    assert "expected a file in a folder that exists" in str(result.exception)
-    result = CliRunner().invoke(app, ["profile", "--config", str(DEMO), "--stage", "everything"])
-    assert result.exit_code == 2
-    assert "'everything' is not" in result.output
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "expected --config"),
+        (["--config", "demo"], "--stage all: expected --data"),
+        (["--config", "demo", "--config", "demo", "--data", "."], "expected one recipe"),
+        (["--config", "demo", "--stage", "step", "--compare", "nowhere"], "nowhere"),
+        (["--compare", "demo", "--compare", "demo"], r"demo\.toml: expected a profile"),
+        (["--config", "demo", "--stage", "step", "--output", "no/where"], "expected a folder"),
+        (["--config", "demo", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: list[str], expected: str) -> None:
+    demo = str(REPOSITORY / "configs" / "demo.toml")
+    result = CliRunner().invoke(app, ["profile", *(demo if word == "demo" else word for word in arguments)])
+    assert result.exit_code
+    with pytest.raises((ValueError, OSError), match=expected):
+        raise result.exception  # type: ignore[misc]
+
+
+def test_operations_are_those_of_the_recipe() -> None:
+    config = load_config(REPOSITORY / "configs" / "ssd300.toml", ["training.batch_size=1"])
+    work = Profiler(config, None, World(), seconds=0.1)._count(
+        Profiler(config, None, World(), seconds=0.1)._synthetic_batches(1)
+    )
+    assert work.forward_flop == pytest.approx(31.72e9, rel=1e-3)
+    assert work.train_flop == pytest.approx(94.75e9, rel=1e-3)
+    assert work.parameter_bytes == pytest.approx(4 * 19.97e6, rel=1e-3)
+    assert not work.host_reads
+
+
+def test_what_is_timed_is_training_itself(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, original = [], Trainer.train_step
+
+    def train_step(self: Trainer, batch: Any, learning_rate: float) -> Loss:
+        steps.append(batch.images.shape)
+        return original(self, batch, learning_rate)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    report = measure(synthetic_set, [BOTH])
+    both = report.stage(BOTH)
+    assert both is not None
+    assert len(steps) > len(both.samples[OPTIMIZER]) >= 6
+    assert set(steps) == {torch.Size([8, 3, 64, 64])}
+
+
+def test_the_parts_of_the_input_are_those_of_pipelines_that_end_early(synthetic_set: Path) -> None:
+    report = measure(synthetic_set, [INPUT_ALONE])
+    fed = report.stage(INPUT_ALONE)
+    assert fed is not None
+    assert [part.name for part in fed.parts] == [*train.PIXEL_PARTS, "encode, hand over"]
+    for number, whole in enumerate(map(sum, zip(*fed.samples.values(), strict=True))):
+        assert whole > 0, number
+    assert report.findings[0].sentence.startswith("Bound by the input")
+
+
+def test_evaluation_scores_the_pictures_that_it_measures(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssd_fast import profile
+
+    scored = []
+
+    def score(annotations: Path, *_: Any, **__: Any) -> None:
+        content = json.loads(annotations.read_text())
+        scored.append((len(content["images"]), {item["image_id"] for item in content["annotations"]}))
+
+    monkeypatch.setattr(profile.coco_eval, "score", score)
+    report = measure(synthetic_set, [EVALUATION], ["evaluation.batch_size=4"], seconds=1e-9)
+    stage = report.stage(EVALUATION)
+    assert stage is not None
+    assert stage.images == 4
+    ((num_images, annotated),) = scored
+    assert num_images == 4
+    assert len(annotated) <= 4
+
+
+# ---- planted bottlenecks ----
+
+
+def test_a_sleep_in_the_optimizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.optim.SGD.step
+
+    def slow_step(self: torch.optim.SGD, *arguments: Any, **named: Any) -> Any:
+        time.sleep(0.2)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", slow_step)
+    report = measure(None, [STEP_ALONE])
+    assert report.findings[0].sentence.startswith("Bound by the optimizer: it takes 2")
+
+
+def test_a_value_read_in_the_loop_is_found_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = step.LossMeter.add
+
+    def reading_add(self: step.LossMeter, loss: Loss, number: int) -> None:
+        loss.total.item()
+        original(self, loss, number)
+
+    monkeypatch.setattr(step.LossMeter, "add", reading_add)
+    report = measure(None, [STEP_ALONE])
+    assert any("1 a step at tests/test_profile.py:" in finding.sentence for finding in report.findings)
+
+
+def test_a_slow_disk_is_found(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loader.run_ragged
+
+    def slow_run(*arguments: Any) -> tuple[Any, ...]:
+        time.sleep(0.4)
+        return original(*arguments)
+
+    monkeypatch.setattr(loader, "run_ragged", slow_run)
+    monkeypatch.setattr(train, "run_ragged", slow_run)
+    first = measure(synthetic_set, [INPUT_ALONE, STEP_ALONE, BOTH]).findings[0].sentence
+    assert first.startswith("Bound by the input: alone it makes ")
+    assert "the disk" in first
+
+
+def test_time_between_the_parts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.Loop.learning_rate
+
+    def slow_learning_rate(self: loop.Loop, number: int) -> float:
+        time.sleep(0.2)
+        return original(self, number)
+
+    monkeypatch.setattr(loop.Loop, "learning_rate", slow_learning_rate)
+    assert measure(None, [STEP_ALONE]).findings[0].sentence.startswith("Bound by the host: ")

@@ -1,0 +1,60 @@
+"""What the hardware can do at most, measured, and how much of it a process uses."""
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_COPIED_BYTES = 2**28
+_REPEATS, _WARM_UP = 12, 2
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written ones together, of copying what no cache holds."""
+    source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * _COPIED_BYTES / _median_seconds(lambda: target.copy_(source), device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second (2 for a multiply-add) of the product of two large square matrices."""
+    size = 2048 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _median_seconds(lambda: torch.mm(left, right), device)
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Begins to watch for the most memory at one time; False where that cannot be known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    clear = Path("/proc/self/clear_refs")
+    if not os.access(clear, os.W_OK):
+        return False
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept
+    clear.write_text("5")  # the peak is now what is resident
+    return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most since the last reset, of tensors on a GPU, else of the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
+    seconds = []
+    for _ in range(_REPEATS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[_WARM_UP:])
