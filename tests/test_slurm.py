@@ -21,6 +21,7 @@ from tiny import tiny_config
 from ssd_fast.checkpoint import load_checkpoint, numbered_path
 from ssd_fast.config import dump_toml
 from ssd_fast.metrics import read_metrics
+from ssd_fast.profile_model import read_profile
 
 SCRIPT = REPOSITORY / "run.slurm"
 RANKS = ("-N2", "-n4")  # two nodes with two each
@@ -76,9 +77,9 @@ class Site:
             "IFACE": "lo",
         }
 
-    def submit(self) -> str:
-        """Number of a job that trains with four ranks on two nodes."""
-        return self.cluster.submit(RANKS, SCRIPT, environment=self.variables)
+    def submit(self, *options: str, **variables: str) -> str:
+        """Number of a job that trains, or profiles, with four ranks on two nodes."""
+        return self.cluster.submit(RANKS, SCRIPT, options, environment=self.variables | variables)
 
     def run_of(self, job: str) -> Path:
         return self.logs / f"{self.recipe.stem}_{job}"
@@ -182,6 +183,16 @@ def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: Site
     assert f"{site.run_of(job)}: goes on after step" in site.log_of(job)
     assert not (site.run_of(job) / "interrupted").exists()
     assert_same_end(site.run_of(job), site.run_of(uncut_job))
+
+
+def test_a_profile_is_of_all_ranks(site: Site) -> None:
+    job = site.submit("--seconds", "0.1", PROFILE="1")
+    assert site.cluster.wait_for_end(job, RUN_S) == Ended("COMPLETED", 0, 0), site.log_of(job)
+    report = read_profile(site.run_of(job) / "profile")
+    assert len(report.ranks) == 4
+    assert all(rank.step_s and rank.allreduce_s is not None for rank in report.ranks)
+    assert len(list((site.run_of(job) / "profile").glob("trace_rank*.json.gz"))) == 4
+    assert "Bound by " in site.log_of(job)
 
 
 def test_a_killed_rank_ends_the_job_with_its_name(site: Site) -> None:
