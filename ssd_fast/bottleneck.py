@@ -6,7 +6,7 @@ A loss is what a step takes beyond what it would have to:
 - optimizer, loss: beyond a few times what their bytes take at the measured copy rate;
 - batch: what half a step with twice the pictures takes less;
 - host: what lies between the parts, and where a GPU is idle though its input is there.
-The largest loss bounds the run if it is more than a tenth of it. Otherwise the arithmetic does.
+The largest loss bounds the run if it is more than a seventh of it. Otherwise the arithmetic does.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ssd_fast.loop import INPUT
 from ssd_fast.profile_model import BOTH, INPUT_ALONE, REST, STEP_ALONE, Finding, Profile, Stage
 from ssd_fast.step import BACKWARD, FORWARD, LOSS, OPTIMIZER
 
-BOUNDING, WORTH_NAMING = 0.10, 0.03  # of the time
+BOUNDING, WORTH_NAMING = 0.15, 0.03  # of the time
 _SGD_TRANSFERS = 7  # per weight: gradient checked, then weight, gradient and momentum read and two of them written
 _SLACK = 3.0  # times that what a part does anyway may take longer than its bytes
 _SLOW_READING = 0.3  # of the input's time
@@ -89,7 +89,6 @@ def _losses(profile: Profile, whole: Stage) -> Iterator[Finding]:
 
 def _input(profile: Profile, both: Stage, lost: float) -> Finding:
     fed, alone = profile.stage(INPUT_ALONE), profile.stage(STEP_ALONE)
-    cores = profile.machine.cores
     if fed is None or alone is None:
         text = f"{lost:.0%} of a step waits for it. --stage all says which part of it is slow."
     elif fed.whole.median_s > alone.whole.median_s:
@@ -100,7 +99,7 @@ def _input(profile: Profile, both: Stage, lost: float) -> Finding:
     else:
         text = (
             f"alone it makes {fed.images_per_s:.4g} images/s, more than the {alone.images_per_s:.4g} of the step, but "
-            f"together they train {both.images_per_s:.4g}: both want the {cores} cores. More cores for each rank help."
+            f"together they train {both.images_per_s:.4g}: both want the same cores. More of them for each rank help."
         )
     return Finding(name="input", lost=lost, sentence=f"the input: {text}")
 
