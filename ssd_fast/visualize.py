@@ -1,6 +1,6 @@
 """Pictures for people: detections drawn on photographs, and the curves of a run.
 
-Owner of matplotlib, beside profile_charts: without pyplot, so that no state is shared with anything else in the process.
+Owner of matplotlib, beside profile_charts: without pyplot, so that no state is shared with others in the process.
 """
 
 import colorsys
