@@ -69,6 +69,7 @@ class TrainLoader:
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank.
     prefetch_batches: batches prepared ahead, at least 1.
+    hw_decoder_load: share of the pictures for a GPU's hardware decoder.
     state: from `state()` of a loader with equal arguments; this one goes on with the batch that would have come next.
     Raises ValueError when the set cannot be trained on, or when the state is of another set, seed, batch size,
     rank, encoder or version of DALI.
@@ -91,6 +92,7 @@ class TrainLoader:
         seed: int,
         augmentation: Augmentation,
         encode: Encode | None = None,
+        hw_decoder_load: float = 0.9,
         rank: int = 0,
         world_size: int = 1,
         state: bytes | None = None,
@@ -140,7 +142,9 @@ class TrainLoader:
                     shuffle_after_epoch_seed=_derived_seed(seed, 0),
                     pad_last_batch=True,
                 )
-                parts, boxes, labels = _augmented(encoded, boxes, labels, image_size, augmentation, device)
+                parts, boxes, labels = _augmented(
+                    encoded, boxes, labels, image_size, augmentation, device, hw_decoder_load
+                )
                 targets = _padded(boxes, labels) if encode else target_nodes(boxes, labels, anchors_ltrb, device)
                 pipeline.set_outputs(*self._outputs(parts, targets, positions))
             pipeline.build()
@@ -198,7 +202,13 @@ class CutInput(TrainLoader):
 
 
 def _augmented(
-    encoded: Any, boxes: Any, labels: Any, image_size: int, augmentation: Augmentation, device: torch.device
+    encoded: Any,
+    boxes: Any,
+    labels: Any,
+    image_size: int,
+    augmentation: Augmentation,
+    device: torch.device,
+    hw_decoder_load: float,
 ) -> tuple[dict[str, Any], Any, Any]:
     """Graph nodes of the pictures after each of PIXEL_PARTS and, on the CPU, of their boxes (ltrb) and labels.
 
@@ -230,6 +240,7 @@ def _augmented(
         corner,
         extent,
         device=decoder_placement(device),
+        hw_decoder_load=hw_decoder_load,
         output_type=types.RGB,
         adjust_orientation=False,  # boxes are in the frame of the stored pixels
     )

@@ -141,6 +141,8 @@ class DataConfig(_Section):
     """CPU threads of the input pipeline of each rank; 0 takes all cores that the process may use."""
     prefetch_batches: PositiveInt
     """Batches prepared ahead of the training step."""
+    hw_decoder_load: Fraction = 0.9
+    """Share of the JPEG pictures that a GPU's hardware decoder takes, where there is one (from A100 and H100 on)."""
     box_encoder: Literal["auto", "dali", "kernels"] = "auto"
     """Who turns boxes into targets: DALI, in the pipeline, or this project's operator, which decides between anchors of
     equal IoU as the MLPerf reference does; "auto" takes the faster one of the device."""

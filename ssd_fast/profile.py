@@ -170,7 +170,9 @@ class Profiler:
         """Stages in their order, and a few steps' spans of the last one."""
         inputs = self._inputs(real) if INPUT_ALONE in stages else {}
         trained = {name: batches for name, batches in ((STEP_ALONE, synthetic), (BOTH, real)) if name in stages}
-        numbers = {name: self._number_of(self._time_input(make, _LEAST).seconds) for name, make in inputs.items()}
+        numbers = {
+            name: self._number_of(len(inputs) * self._time_input(make, _LEAST).seconds) for name, make in inputs.items()
+        }
         for name, batches in trained.items():
             numbers[name] = self._number_of(median(self._time_steps(batches, 1).seconds()))
         made: dict[str, list[_Batches]] = {name: [] for name in inputs}
@@ -190,7 +192,7 @@ class Profiler:
         return found, next((rounds[-1].spans for rounds in reversed(taken.values())), [])
 
     def _number_of(self, seconds: float) -> int:
-        """Batches of a round, of which one takes so long; the same on all ranks."""
+        """Batches or steps of a round, if one took so long; the same on all ranks."""
         return self.world.broadcast(round(min(max(self.seconds / _ROUNDS / seconds, _LEAST), _MOST)))
 
     def _inputs(self, real: Batches) -> dict[str, Callable[[], object]]:

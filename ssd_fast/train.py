@@ -415,6 +415,7 @@ def loader_arguments(
         "device": device,
         "num_threads": config.data.num_threads or usable_cores(),
         "prefetch_batches": config.data.prefetch_batches,
+        "hw_decoder_load": config.data.hw_decoder_load,
         "seed": config.training.seed,
         "rank": world.rank,
         "world_size": world.size,

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,7 +34,7 @@ if TYPE_CHECKING:  # the sections import what they need when they run
     from dali_pipelines.train import TrainLoader
     from ssd_fast.config import Config
     from ssd_fast.dataset import CocoSet
-    from ssd_fast.step import Trainer
+    from ssd_fast.profile_model import Profile
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -72,6 +71,11 @@ def main() -> int:
         Section("kernels, compute-sanitizer", _sanitize_kernels),
         Section("kernels, times", _measure_kernels, (*recipes, "typer")),
         Section("step alone", _measure_step, recipes),
+        Section(
+            "profile",
+            _profile,
+            (*recipes, "nvidia.dali", "msgspec", "pycocotools", "hotcoco", "typer", "rich", "jinja2", "matplotlib"),
+        ),
         Section(
             "inference at 1200",
             _measure_inference,
@@ -226,26 +230,55 @@ def _measure_kernels(_arguments: argparse.Namespace, scratch: Path) -> Iterator[
 
 
 def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
-    """Images per second of training without input."""
+    """Images per second of training without input: as it is, and with what may make it faster."""
     from dali_pipelines.synthetic import SyntheticTrainLoader
     from ssd_fast.config import load_config
+    from ssd_fast.model import SSD
+    from ssd_fast.step import Trainer
+
+    def graphed(trainer: Trainer, batch: "TrainBatch") -> None:
+        with torch.autocast("cuda", trainer.dtype, cache_enabled=False):
+            trainer.model = torch.cuda.make_graphed_callables(trainer.model, (batch.images,))
+
+    def compiled(trainer: Trainer, _batch: "TrainBatch") -> None:
+        trainer.model.forward = torch.compile(trainer.model.forward)
 
     config = load_config(RECIPE, ["model.backbone_weights=none"])
-    for dtype in (torch.float16, torch.bfloat16):
-        trainer = _trainer(config, dtype)
-        synthetic = SyntheticTrainLoader(
+    matrix_rate = None
+    for name, dtype, change in (
+        ("fp16", torch.float16, None),
+        ("bf16", torch.bfloat16, None),
+        ("bf16, torch.compile", torch.bfloat16, compiled),
+        ("bf16, CUDA graph of the network", torch.bfloat16, graphed),
+    ):
+        trainer = Trainer(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
+        batches = SyntheticTrainLoader(
             num_anchors=trainer.model.num_anchors,
             num_classes=80,
             image_size=config.model.image_size,
             batch_size=arguments.batch_size,
             device=GPU,
-            steps_per_epoch=60,
+            steps_per_epoch=1000,
             seed=0,
-        )
-        rate = _rate(synthetic.epoch(), arguments.batch_size, partial(_step, trainer))
-        name = str(dtype).removeprefix("torch.")
-        teraflops = rate * SSD300_TRAIN_GFLOP / 1000
-        yield f"step alone, batch {arguments.batch_size}, {name}", f"{rate:.0f} images/s", f"{teraflops:.0f} TFLOP/s"
+        ).epoch()
+        what = f"step alone, batch {arguments.batch_size}, {name}"
+        try:
+            if change:
+                change(trainer, next(batches))
+            rate = _rate(batches, arguments.batch_size, lambda batch, trainer=trainer: trainer.train_step(batch, 1e-3))
+        except RuntimeError as error:  # a candidate that does not run is no failure of what is there
+            yield what, "", f"not possible: {str(error).splitlines()[0]}"
+            continue
+        matrix_rate = matrix_rate or _matrix_rate()
+        share = rate * SSD300_TRAIN_GFLOP * 1e9 / matrix_rate
+        yield what, f"{rate:.0f} images/s", f"{share:.0%} of the measured matrix rate"
+
+
+def _matrix_rate() -> float:
+    """FLOP per second of a large matrix product in bfloat16."""
+    from ssd_fast.hardware import matrix_rate
+
+    return matrix_rate(GPU, torch.bfloat16)
 
 
 def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
@@ -276,7 +309,7 @@ def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterat
 
 
 def _check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
-    """What needs DALI: the input on the GPU, learning, and the speed of both together."""
+    """What needs DALI: the input on the GPU, and learning."""
     from ssd_fast.config import load_config
     from ssd_fast.dataset import load_coco
 
@@ -285,7 +318,6 @@ def _check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Ro
     pictures = load_coco(data / config.data.val_annotations, data / config.data.val_images)
     yield from _check_pipelines(config, pictures)
     yield from _check_learning(config, data, scratch / "run")
-    yield from _measure_input(config, pictures, arguments.batch_size)
 
 
 def _find_data(directory: Path, scratch: Path) -> tuple[Path, list[str]]:
@@ -386,31 +418,66 @@ def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]
     yield ("  which took", f"{time.perf_counter() - start:.1f} s", "")
 
 
-def _measure_input(config: "Config", pictures: "CocoSet", batch_size: int) -> Iterator[Row]:
-    """Images per second of the input alone, and of input and step together."""
-    trainer = _trainer(config, torch.bfloat16)
-    loader = _train_loader(config, pictures, GPU, batch_size)
-    rate = _rate(_endless(loader), batch_size, lambda batch: None)
-    yield f"input alone, batch {batch_size}", f"{rate:.0f} images/s", ""
-    rate = _rate(_endless(loader), batch_size, partial(_step, trainer))
-    yield f"input and step, batch {batch_size}, bfloat16", f"{rate:.0f} images/s", ""
-    loader.close()
+def _profile(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """`ssd-fast profile` on photographs, repeated to make a set of COCO's size for evaluation, against the targets."""
+    data, overrides = _find_data(arguments.data, scratch)
+    data = _repeated(data, scratch / "repeated", num_images=5_000)
+    settings = [*overrides, f"training.batch_size={arguments.batch_size}", "evaluation.batch_size=128"]
+    command = [sys.executable, "-m", "ssd_fast", "profile", "--config", RECIPE, "--data", data]
+
+    def run(name: str, stage: str, seconds: float, *more: str) -> "Profile | None":
+        from ssd_fast.profile_model import read_profile
+
+        sets = [argument for setting in (*settings, *more) for argument in ("--set", setting)]
+        ended = _run(*command, "--stage", stage, "--seconds", str(seconds), "--output", scratch / name, *sets)
+        return None if ended.returncode else read_profile(scratch / name)
+
+    report = run("profile", "all", 10)
+    if report is None:
+        yield "profile", "", "FAILED: the command did not end well"
+        return
+    fed, alone, both, evaluation = report.stages
+    share = report.work.train_flop * alone.images_per_s / report.machine.matrix_flop_per_s
+    yield _row("training, end to end", both.images_per_s, "{:.0f} images/s", at_least=4000)
+    yield _row("  share of the slower of input and step", both.images_per_s / min(fed.images_per_s, alone.images_per_s),
+               "{:.3f}", at_least=0.95)  # fmt: skip
+    yield _row("  step alone, of the measured matrix rate", share, "{:.3f}", at_least=0.55)
+    yield _row("  input alone, of the step's rate", fed.images_per_s / alone.images_per_s, "{:.2f}", at_least=1.3)
+    yield _row("  kernels that only convert layouts, a step", report.work.layout_kernels, "{:.0f}", at_most=0)
+    yield _row("  values that the host reads, a step", len(report.work.host_reads), "{:.0f}", at_most=0)
+    yield "  GPU busy", f"{report.work.gpu_busy:.1%}", ""
+    yield _row("evaluation of 5,000 pictures", 5_000 / evaluation.images_per_s, "{:.2f} s", at_most=3)
+    yield "  " + report.findings[0].name, "", report.findings[0].sentence
+    for setting in ("data.hw_decoder_load=0.0", "data.hw_decoder_load=0.5", "data.hw_decoder_load=1.0",
+                    "data.prefetch_batches=4", "data.box_encoder=kernels"):  # fmt: skip
+        changed = run(setting, "input", 5, setting)
+        if changed is None:
+            yield f"input alone, {setting}", "", "FAILED: the command did not end well"
+        else:
+            ratio = changed.stages[0].images_per_s / fed.images_per_s
+            yield f"input alone, {setting}", f"{changed.stages[0].images_per_s:.0f} images/s", f"{ratio:.2f} times"
 
 
-def _trainer(config: "Config", dtype: torch.dtype) -> "Trainer":
-    from ssd_fast.model import SSD
-    from ssd_fast.step import Trainer
-
-    return Trainer(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
-
-
-def _step(trainer: "Trainer", batch: "TrainBatch") -> None:
-    trainer.train_step(batch, 1e-3)
-
-
-def _endless(loader: "TrainLoader") -> Iterator["TrainBatch"]:
-    for _ in range(60):
-        yield from loader.epoch()
+def _repeated(data: Path, target: Path, *, num_images: int) -> Path:
+    """A data folder whose validation part holds the pictures of another's again and again."""
+    content = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    pictures, boxes = content["images"], content["annotations"]
+    first = 1 + max(picture["id"] for picture in pictures)
+    copies = range(-(-num_images // len(pictures)))
+    content["images"] = [picture | {"id": picture["id"] + first * copy} for copy in copies for picture in pictures]
+    del content["images"][num_images:]
+    kept = {picture["id"] for picture in content["images"]}
+    content["annotations"] = [
+        box | {"id": number, "image_id": image_id}
+        for number, (box, image_id) in enumerate(
+            ((box, box["image_id"] + first * copy) for copy in copies for box in boxes), start=1
+        )
+        if image_id in kept
+    ]
+    (target / "annotations").mkdir(parents=True)
+    (target / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    (target / "val2017").symlink_to((data / "val2017").resolve())
+    return target
 
 
 def _rate(batches: Iterator["TrainBatch"], batch_size: int, use: Callable[["TrainBatch"], None]) -> float:
