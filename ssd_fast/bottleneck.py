@@ -180,12 +180,12 @@ def _arithmetic(profile: Profile, whole: Stage) -> Finding:
     near_matrix, near_copy = flop_per_s / machine.matrix_flop_per_s, work.bytes / seconds / machine.copy_bytes_per_s
     text = (
         f"the arithmetic: forward and backward are {share:.0%} of a step. They reach {_flops(flop_per_s)}, "
-        f"{near_matrix:.0%} of what a large matrix product reaches in {machine.dtype}, and {near_copy:.0%} of the "
-        "memory's copy rate. "
+        f"{near_matrix:.0%} of the {machine.dtype} rate that the largest products reach here, and {near_copy:.0%} of "
+        "the memory's copy rate. "
     )
     gain = machine.bf16_flop_per_s / machine.matrix_flop_per_s
     if machine.dtype == "float32" and gain > _FASTER_BF16:
-        text += f'training.precision = "bf16" may help: in it matrix products are {gain:.1f} times as fast.'
+        text += f'training.precision = "bf16" may help: in it products are {gain:.1f} times as fast.'
     elif max(near_matrix, near_copy) < _NEAR_ROOF:
         text += "Its layers are too small for either: a larger training.batch_size may help."
     else:

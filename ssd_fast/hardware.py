@@ -19,11 +19,22 @@ def copy_rate(device: torch.device) -> float:
     return 2 * _COPIED_BYTES / _median_seconds(lambda: target.copy_(source), device)
 
 
+@torch.no_grad()
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second (2 for a multiply-add) of the product of two large square matrices."""
-    size = 2048 if device.type == "cpu" else 8192
+    """FLOP per second (2 for a multiply-add) of two large square matrices' product, or of a large convolution.
+
+    The faster one: on some CPUs the library of convolutions is better than that of matrices.
+    """
+    size, batch = (2048, 8) if device.type == "cpu" else (8192, 256)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _median_seconds(lambda: torch.mm(left, right), device)
+    product = 2 * size**3 / _median_seconds(lambda: torch.mm(left, right), device)
+    channels, side = 256, 38  # of the network's longest layers
+    images, weights = (
+        torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+        for shape in ((batch, channels, side, side), (channels, channels, 3, 3))
+    )
+    seconds = _median_seconds(lambda: torch.nn.functional.conv2d(images, weights, padding=1), device)
+    return max(product, 2 * batch * side**2 * channels**2 * 9 / seconds)
 
 
 def reset_peak_memory(device: torch.device) -> bool:

@@ -175,7 +175,7 @@ def _roofline(profile: Profile) -> _Drawing | None:
     axes.plot([ridge, ridge], [peak * 1e-9, peak], color=_GREY, linewidth=0.8, linestyle=":")
     bottom = min(bandwidth * left, *(y / 5 for _, y in points))
     axes.text(ridge, bottom * 1.25, f" {ridge:.3g} FLOP/byte", color=_GREY, ha="left", va="bottom")
-    axes.text(right, 1.12 * peak, f"matrix product, {EngFormatter('FLOP/s', places=1)(peak)} ", ha="right", va="bottom")
+    axes.text(right, 1.12 * peak, f"matrix rate, {EngFormatter('FLOP/s', places=1)(peak)} ", ha="right", va="bottom")
     middle = left**0.55 * ridge**0.45
     copy = axes.text(
         middle,
@@ -212,7 +212,9 @@ def _roofline(profile: Profile) -> _Drawing | None:
     figure.draw_without_rendering()  # places the axes: then the slope on paper is known
     (x0, y0), (x1, y1) = axes.transData.transform([(left, bandwidth * left), (ridge, peak)])
     copy.set_rotation(float(np.degrees(np.arctan2(y1 - y0, x1 - x0))))
-    note = f"Of {_one(profile)}. The roof is what large copies (left) and large matrix products (right) reach here."
+    note = (
+        f"Of {_one(profile)}. The roof is what large copies (left) and large products of matrices (right) reach here."
+    )
     return _Drawing("Roofline", note, figure)
 
 

@@ -103,8 +103,8 @@ class Work(_Record):
 class Machine(_Record):
     """Where it was measured.
 
-    Rates are measured, too: of large matrix products, in `dtype` and in bfloat16, and of a large copy, bytes that are
-    read and those that are written together. peak_bytes: of memory, in training.
+    Rates are measured, too: matrix_… of large products in `dtype`, bf16_… in bfloat16 (hardware.matrix_rate), copy_…
+    of a large copy, bytes that are read and those that are written together. peak_bytes: of memory, in training.
     """
 
     device: str

@@ -96,7 +96,7 @@ def _machine_lines(profile: Profile) -> list[str]:
     per_rank = f"{_count(profile.batch_size, 'image')} in a batch"
     if machine.ranks > 1:
         per_rank += f" of a rank, {profile.batch_size * machine.ranks:,} of all"
-    matrix = f"matrix product {_flop_rate(machine.matrix_flop_per_s)}"
+    matrix = f"matrix rate {_flop_rate(machine.matrix_flop_per_s)}"
     if machine.dtype != "bfloat16":
         matrix += f" (in bfloat16 {_flop_rate(machine.bf16_flop_per_s)})"
     measured = ["measured: " + matrix, f"copy {_byte_rate(machine.copy_bytes_per_s)}"]
@@ -292,7 +292,7 @@ def _rate_comparison_table(before: Profile, after: Profile) -> Table:
             [work.bytes / stage.whole.median_s if work and stage else None for _, work, stage in stages],
             _byte_rate,
         )
-    add("measured matrix product", [profile.machine.matrix_flop_per_s for profile in pair], _flop_rate)
+    add("measured matrix rate", [profile.machine.matrix_flop_per_s for profile in pair], _flop_rate)
     add("measured copy", [profile.machine.copy_bytes_per_s for profile in pair], _byte_rate)
     add("peak memory", [profile.machine.peak_bytes for profile in pair], lambda value: f"{value / 1e9:.2f} GB")
     return Table("Rates", ("", "before", "after", "after / before"), rows, "of one rank")

@@ -101,7 +101,7 @@ def test_without_a_loss_the_arithmetic_bounds() -> None:
 
 def test_arithmetic_in_float32_where_bfloat16_is_faster_names_the_setting() -> None:
     (only,) = sentences(profile(machine={"bf16_flop_per_s": 2 * FLOP_PER_S}))
-    assert 'training.precision = "bf16" may help: in it matrix products are 2.0 times as fast' in only
+    assert 'training.precision = "bf16" may help: in it products are 2.0 times as fast' in only
 
 
 @pytest.mark.parametrize(

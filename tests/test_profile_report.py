@@ -191,7 +191,7 @@ def test_stages_and_parts_have_their_times_shares_and_rates() -> None:
     assert line_of(text, "AMD") == "AMD EPYC 9B14, 2 cores, 1 rank, torch 2.11.0, float32"
     assert line_of(text, "configs") == "configs/ssd300.toml, 8 images in a batch"
     assert line_of(text, "measured") == (
-        "measured: matrix product 15.2 TFLOP/s (in bfloat16 30.0 TFLOP/s), copy 80.0 GB/s, peak memory 6.25 GB"
+        "measured: matrix rate 15.2 TFLOP/s (in bfloat16 30.0 TFLOP/s), copy 80.0 GB/s, peak memory 6.25 GB"
     )
     assert line_of(text, "input alone") == "input alone 40.00 40.00 to 40.00 200 87%"
     assert line_of(text, "crop and decode") == "crop and decode 20.00 20.00 to 20.00 50.0%"
@@ -363,7 +363,7 @@ def test_charts_say_what_was_measured() -> None:
     assert {"step alone: 100.0 ms", "input alone: 40.0 ms", *STEP_MS} <= set(texts["steps"])
     # 758 GFLOP on 4 GB, where the bend is at 15.16 TFLOP/s / 80 GB/s
     assert "step alone: 190 FLOP/byte, 7.6 TFLOP/s, 50% of the roof" in texts["roofline"]
-    assert {"190 FLOP/byte", "matrix product, 15.2 TFLOP/s", "copy, 80.0 GB/s"} <= set(texts["roofline"])
+    assert {"190 FLOP/byte", "matrix rate, 15.2 TFLOP/s", "copy, 80.0 GB/s"} <= set(texts["roofline"])
     assert {"1", "2", "3"} <= set(texts["timeline"])
     assert "20.00 ms, 50.0%" in texts["input"]
     assert {"aten::operator_0", "20.00 ms, 19.8%"} <= set(texts["operators"])  # of 101 ms
