@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
@@ -65,7 +66,7 @@ _WARM_UP_STEPS = {"cpu": 2, "cuda": 20}
 _TRACED_STEPS = 3
 _SHOWN_STEPS = 6  # of the timeline
 _LONGEST_DOUBLED_S = 2.0  # a longer step has no use for a larger batch
-_LISTED_OPERATORS = 12
+_OPERATORS = 12  # listed
 _ENDLESS = 10**9  # steps of an epoch of synthetic batches
 
 Batches = Iterator[TrainBatch]
@@ -303,22 +304,21 @@ class Profiler:
             self._time_steps(batches, _TRACED_STEPS)
         if path is not None:
             recorder.export_chrome_trace(str(path))
-        regions = {*STEP_PARTS, INPUT, REST}
-        seconds = {
-            item.key: (item.self_device_time_total if on_gpu else item.self_cpu_time_total) / 1e6 / _TRACED_STEPS
-            for item in recorder.key_averages()
-            if item.key not in regions
-        }
-        longest = sorted(seconds, key=lambda name: seconds[name], reverse=True)[:_LISTED_OPERATORS]
-        found: dict[str, Any] = {"operators": tuple(Operator(name=name, seconds=seconds[name]) for name in longest)}
+        events = [event for event in recorder.events() if not event.is_user_annotation]
         if on_gpu:
-            kernels = [
-                (event.time_range.start, event.time_range.end, event.name)
-                for event in recorder.events()
-                if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in regions
-            ]
-            found["gpu_busy"] = _covered([(begin, end) for begin, end, _ in kernels])
-            layouts = sum("nchwToNhwc" in name or "nhwcToNchw" in name for *_, name in kernels)
+            events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        seconds: Counter[str] = Counter()
+        for event in events:
+            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            seconds[event.name] += spent / 1e6 / _TRACED_STEPS
+        found: dict[str, Any] = {
+            "operators": tuple(Operator(name=name, seconds=spent) for name, spent in seconds.most_common(_OPERATORS))
+        }
+        if on_gpu:
+            first = min(event.time_range.start for event in recorder.events() if event.name == INPUT)
+            kernels = [(event.time_range.start, event.time_range.end) for event in events]
+            found["gpu_busy"] = _covered([kernel for kernel in kernels if kernel[0] >= first])
+            layouts = sum("nchwToNhwc" in event.name or "nhwcToNchw" in event.name for event in events)
             found["layout_kernels"] = layouts / _TRACED_STEPS
         return work.model_copy(update=found)
 

@@ -19,7 +19,7 @@ from ssd_fast.__main__ import app
 from ssd_fast.config import load_config
 from ssd_fast.distributed import World
 from ssd_fast.loss import Loss
-from ssd_fast.profile import Profiler
+from ssd_fast.profile import Profiler, _covered
 from ssd_fast.profile_model import BOTH, EVALUATION, INPUT_ALONE, STAGES, STEP_ALONE, Profile, read_profile
 from ssd_fast.step import OPTIMIZER, STEP_PARTS, Trainer
 
@@ -181,3 +181,10 @@ def test_time_between_the_parts_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(loop.Loop, "learning_rate", slow_learning_rate)
     assert measure(None, [STEP_ALONE]).findings[0].sentence.startswith("Bound by the host: ")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"), [([], None), ([(2.0, 3.0)], 1.0), ([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7)], 0.75)]
+)
+def test_busy_is_the_share_that_some_kernel_covers(ranges: list[tuple[float, float]], expected: float | None) -> None:
+    assert _covered(ranges) == expected
