@@ -19,9 +19,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from distributed_worker import BAD_STEP, CASES
-from tiny import tiny_config
+from tiny import assert_same_end, tiny_config
 
-from ssd_fast.checkpoint import BEST, Checkpoint, CheckpointError, load_checkpoint, newest_checkpoint, numbered_path
+from ssd_fast.checkpoint import BEST, Checkpoint, CheckpointError, load_checkpoint, newest_checkpoint
 from ssd_fast.distributed import World, _Wire, connect, slurm_variables
 from ssd_fast.metrics import read_metrics
 from ssd_fast.train import INTERRUPTED, train
@@ -317,19 +317,6 @@ def newest(output: Path) -> Checkpoint:
     return checkpoint
 
 
-def assert_same_end(one: Path, other: Path) -> None:
-    checkpoints = [load_checkpoint(numbered_path(output / "checkpoints", STEPS)) for output in (one, other)]
-    states = [
-        checkpoint.model
-        | {f"momentum {index}": state["momentum_buffer"] for index, state in checkpoint.optimizer["state"].items()}
-        | {f"statistics {rank}": statistics for rank, statistics in enumerate(checkpoint.statistics)}
-        for checkpoint in checkpoints
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert not [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
-    assert checkpoints[0].scores == checkpoints[1].scores
-
-
 @needs_horovod
 def test_a_run_of_two_ranks_stopped_killed_and_resumed_ends_as_if_uninterrupted(
     finished: Path, synthetic_set: Path, tmp_path: Path
@@ -350,7 +337,7 @@ def test_a_run_of_two_ranks_stopped_killed_and_resumed_ends_as_if_uninterrupted(
 
     resumed = run_ranks(2, synthetic_set, output, resume=True)
     assert [ended.status for ended in resumed] == [0, 0]
-    assert_same_end(output, finished)
+    assert_same_end(output, finished, STEPS)
     records = [record for record in read_metrics(output / "metrics.jsonl") if record["kind"] == "eval"]
     assert records == [record for record in read_metrics(finished / "metrics.jsonl") if record["kind"] == "eval"]
 

@@ -12,13 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import REPOSITORY
 from slurm_cluster import Ended, SlurmCluster, missing_programs
 from test_recipes import PUBLISHED
-from tiny import tiny_config
+from tiny import assert_same_end, tiny_config
 
-from ssd_fast.checkpoint import load_checkpoint, numbered_path
 from ssd_fast.config import dump_toml
 from ssd_fast.metrics import read_metrics
 from ssd_fast.profile_model import read_profile
@@ -135,23 +133,6 @@ def site(cluster: SlurmCluster, synthetic_set: Path) -> Site:
     return Site(cluster, recipe, synthetic_set)
 
 
-def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """Weights, statistics and momentum at the end of a run."""
-    checkpoint = load_checkpoint(numbered_path(run / "checkpoints", STEPS))
-    momentum = {f"momentum {i}": s["momentum_buffer"] for i, s in checkpoint.optimizer["state"].items()}
-    return checkpoint.model | momentum
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    states = final_state(one), final_state(other)
-    assert states[0].keys() == states[1].keys()
-    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
-    scores = (
-        [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"] for run in (one, other)
-    )
-    assert next(scores) == next(scores)
-
-
 @pytest.fixture(scope="module")
 def uncut_job(site: Site) -> str:
     """Number of a job that trained from its first step to its last."""
@@ -182,7 +163,7 @@ def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: Site
     assert site.cluster.wait_for_end(job, RUN_S) == Ended("COMPLETED", 0, 1), site.log_of(job)
     assert f"{site.run_of(job)}: goes on after step" in site.log_of(job)
     assert not (site.run_of(job) / "interrupted").exists()
-    assert_same_end(site.run_of(job), site.run_of(uncut_job))
+    assert_same_end(site.run_of(job), site.run_of(uncut_job), STEPS)
 
 
 def test_a_profile_is_of_all_ranks(site: Site) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from PIL import Image
-from tiny import TINY, tiny_config
+from tiny import TINY, assert_same_end, final_state, tiny_config
 
 from dali_pipelines.batch import TrainBatch
 from ssd_fast.checkpoint import (
@@ -43,20 +43,6 @@ def finished(synthetic_set: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     outcome = train(tiny_config(), synthetic_set, output, resume=False)
     assert outcome.stopped_by == 0
     return output
-
-
-def final_state(output: Path) -> dict[str, torch.Tensor]:
-    """Weights, statistics and momentum at the end of a run."""
-    checkpoint = load_checkpoint(numbered_path(output / "checkpoints", STEPS))
-    momentum = {f"momentum {i}": s["momentum_buffer"] for i, s in checkpoint.optimizer["state"].items()}
-    return checkpoint.model | momentum
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    states = final_state(one), final_state(other)
-    assert states[0].keys() == states[1].keys()
-    differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
-    assert not differing
 
 
 @contextmanager
@@ -129,7 +115,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_as_if_uninterrupted(
     assert stopped is not None
     assert stopped.step == step
     assert train(tiny_config(), synthetic_set, output, resume=True).stopped_by == 0
-    assert_same_end(output, finished)
+    assert_same_end(output, finished, STEPS)
     scores = [record for record in read_metrics(output / "metrics.jsonl") if record["kind"] == "eval"]
     assert scores == [record for record in read_metrics(finished / "metrics.jsonl") if record["kind"] == "eval"]
     steps = [record["step"] for record in read_metrics(output / "metrics.jsonl") if record["kind"] == "train"]
@@ -165,12 +151,12 @@ def test_a_killed_run_goes_on_exactly_from_its_newest_good_checkpoint(
     assert before is not None
     assert f"step_{before.step:09d}.pt" == saved[-2].name
     assert train(tiny_config(), synthetic_set, output, resume=True).stopped_by == 0
-    assert_same_end(output, finished)
+    assert_same_end(output, finished, STEPS)
 
 
 def test_resume_without_a_run_begins_one(synthetic_set: Path, tmp_path: Path, finished: Path) -> None:
     train(tiny_config(), synthetic_set, tmp_path / "run", resume=True)
-    assert_same_end(tmp_path / "run", finished)
+    assert_same_end(tmp_path / "run", finished, STEPS)
 
 
 def test_a_finished_run_is_left_alone(finished: Path, synthetic_set: Path) -> None:
@@ -238,7 +224,7 @@ def test_a_few_bad_losses_are_survived_with_a_warning(
     train(tiny_config(), synthetic_set, tmp_path / "run", resume=False)
     log = (tmp_path / "run" / "train.log").read_text()
     assert "warning: the loss was not finite in 1 of the last 3 steps, last at step 1 (learning rate 0.005)" in log
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in final_state(tmp_path / "run").values())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in final_state(tmp_path / "run", STEPS).values())
 
 
 def test_a_run_of_other_classes_or_another_model_cannot_be_resumed(

@@ -1,10 +1,14 @@
 """A run small enough to be repeated in tests."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from conftest import REPOSITORY
 
+from ssd_fast.checkpoint import load_checkpoint, numbered_path
 from ssd_fast.config import Config, load_config
+from ssd_fast.metrics import read_metrics
 
 TINY = (
     "model.image_size=64",
@@ -31,3 +35,21 @@ TINY = (
 def tiny_config(overrides: Sequence[str] = ()) -> Config:
     """The recipe of a run of seconds."""
     return load_config(REPOSITORY / "configs" / "demo.toml", [*TINY, *overrides])
+
+
+def final_state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights, momentum, and BatchNorm's statistics, also of each rank, at the end of a run."""
+    checkpoint = load_checkpoint(numbered_path(run / "checkpoints", step))
+    momentum = {f"momentum {i}": s["momentum_buffer"] for i, s in checkpoint.optimizer["state"].items()}
+    return checkpoint.model | momentum | {f"rank {rank}": own for rank, own in enumerate(checkpoint.statistics)}
+
+
+def assert_same_end(one: Path, other: Path, step: int) -> None:
+    """Two runs end with the same state, bit by bit, and the same scores."""
+    states = final_state(one, step), final_state(other, step)
+    assert states[0].keys() == states[1].keys()
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+    scores = [
+        [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"] for run in (one, other)
+    ]
+    assert scores[0] == scores[1]
