@@ -148,7 +148,8 @@ class Profiler:
             if stage.name == STEP_ALONE and stage.whole.median_s < _LONGEST_DOUBLED_S:
                 doubled = self._double_batch()
         if EVALUATION in stages:
-            measured.append(self._evaluate())
+            evaluated = self._evaluate()
+            measured += [evaluated] if evaluated else []
         report = Profile(
             machine=self._machine(peak_bytes),
             config=self.config.model_dump(mode="json", exclude_none=True),
@@ -324,8 +325,8 @@ class Profiler:
 
     # ---- evaluation ----
 
-    def _evaluate(self) -> Stage:
-        """As many validation pictures as there is time for."""
+    def _evaluate(self) -> Stage | None:
+        """As many validation pictures as there is time for; None on ranks other than 0, which may have no batch."""
         assert self.sets is not None
         val_set = self.sets[1]
         logger.info("evaluation")
@@ -343,18 +344,18 @@ class Profiler:
         timeline.settle(COLLECTING)
         busy = clock.busy()
         loader.close()
+        if not self.world.is_main:
+            return None
         num_images = min(
             num_batches * self.world.size * self.config.evaluation.batch_size, len(val_set.images.image_ids)
         )
-        scoring_s = 0.0
-        if self.world.is_main:
-            with tempfile.TemporaryDirectory() as folder:
-                annotations = Path(folder, "measured.json")
-                _write_part(val_set.annotation_file, val_set.images.image_ids[:num_images].tolist(), annotations)
-                category_ids = self.detector.category_ids_in(val_set).tolist()
-                begin = time.perf_counter()
-                coco_eval.score(annotations, table, category_ids=category_ids)
-                scoring_s = time.perf_counter() - begin
+        with tempfile.TemporaryDirectory() as folder:
+            annotations = Path(folder, "measured.json")
+            _write_part(val_set.annotation_file, val_set.images.image_ids[:num_images].tolist(), annotations)
+            category_ids = self.detector.category_ids_in(val_set).tolist()
+            begin = time.perf_counter()
+            coco_eval.score(annotations, table, category_ids=category_ids)
+            scoring_s = time.perf_counter() - begin
         samples = {part: timeline.parts()[part] for part in (PREPROCESSING, MODEL, DECODING)}
         num_batches = len(samples[MODEL])
         samples[COLLECTING] = [timeline.parts()[COLLECTING][0] / num_batches] * num_batches
