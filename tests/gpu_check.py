@@ -77,6 +77,11 @@ def main() -> int:
             (*recipes, "nvidia.dali", "msgspec", "pycocotools", "hotcoco", "typer", "rich", "jinja2", "matplotlib"),
         ),
         Section(
+            "beside torchvision",
+            _compare_with_peer,
+            (*recipes, "nvidia.dali", "msgspec", "pycocotools", "hotcoco", "typer", "rich"),
+        ),
+        Section(
             "inference at 1200",
             _measure_inference,
             (*recipes, "nvidia.dali", "msgspec", "pycocotools", "hotcoco"),
@@ -331,8 +336,9 @@ def _find_data(directory: Path, scratch: Path) -> tuple[Path, list[str]]:
         return directory, overrides
     from ssd_fast.synthesize import synthesize
 
-    print(f"no photographs at {directory}: synthetic pictures instead")
-    synthesize(scratch / "data", num_images=320, seed=0)
+    if not (scratch / "data").is_dir():
+        print(f"no photographs at {directory}: synthetic pictures instead")
+        synthesize(scratch / "data", num_images=320, seed=0)
     return scratch / "data", overrides
 
 
@@ -458,8 +464,27 @@ def _profile(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             yield f"input alone, {setting}", f"{changed.stages[0].images_per_s:.0f} images/s", f"{ratio:.2f} times"
 
 
+def _compare_with_peer(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """benchmarks/torchvision_peer.py at full size."""
+    data, overrides = _find_data(arguments.data, scratch)
+    data = _repeated(data, scratch / "repeated", num_images=5_000)
+    report = scratch / "peer.json"
+    sets = [word for key in (*overrides, f"training.batch_size={arguments.batch_size}") for word in ("--set", key)]
+    turns = ("--steps", "20", "--input-steps", "20", "--rounds", "2", "--json", report)
+    ended = _run(
+        sys.executable, "benchmarks/torchvision_peer.py", "--config", RECIPE, "--data", data, *sets, *turns
+    )  # fmt: skip
+    if ended.returncode:
+        yield "beside torchvision", "", f"FAILED: {ended.stdout.strip().splitlines()[-1]}"
+        return
+    for row in json.loads(report.read_text())["rows"]:
+        yield f"beside torchvision, {row['measure']}", f"{row['ratio_of_medians']:.2f} x as fast", ""
+
+
 def _repeated(data: Path, target: Path, *, num_images: int) -> Path:
     """A data folder whose validation part holds the pictures of another's again and again."""
+    if target.is_dir():
+        return target
     content = json.loads((data / "annotations" / "instances_val2017.json").read_text())
     pictures, boxes = content["images"], content["annotations"]
     first = 1 + max(picture["id"] for picture in pictures)
