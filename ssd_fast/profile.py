@@ -144,9 +144,8 @@ class Profiler:
             measured, spans = self._take_turns(stages, synthetic, real)
         if work:
             work = self._trace(real if BOTH in stages else synthetic, trace, work)
-        for stage in measured:
-            if stage.name == STEP_ALONE and stage.whole.median_s < _LONGEST_DOUBLED_S:
-                doubled = self._double_batch()
+        if STEP_ALONE in stages and self._has_room_for_twice(measured, peak_bytes):
+            doubled = self._double_batch()
         if EVALUATION in stages:
             evaluated = self._evaluate()
             measured += [evaluated] if evaluated else []
@@ -269,23 +268,31 @@ class Profiler:
         ]
         return _Steps(samples, shown, busy)
 
+    def _has_room_for_twice(self, measured: list[Stage], peak_bytes: int | None) -> bool:
+        """Whether a step with twice the pictures is worth its time, and fits into a GPU; the same on all ranks."""
+        step_s = next(stage.whole.median_s for stage in measured if stage.name == STEP_ALONE)
+        fits = True
+        if self.device.type == "cuda":
+            fits = 2 * (peak_bytes or 0) < torch.cuda.get_device_properties(self.device).total_memory
+        return self.world.broadcast(fits and step_s < _LONGEST_DOUBLED_S)
+
     def _double_batch(self) -> dict[str, float]:
-        """Median seconds of the parts of a step with twice the pictures; empty where these do not fit into memory."""
+        """Median seconds of the parts of a step with twice the pictures."""
         logger.info("%s, with twice the pictures", STEP_ALONE)
         batches = self._synthetic_batches(2 * self.config.training.batch_size)
-        try:
-            self._time_steps(batches, _WARM_UP_STEPS[self.device.type])
-            found = self._time_steps(batches, 3 * _LEAST)
-        except torch.OutOfMemoryError:
-            return {}
+        self._time_steps(batches, _WARM_UP_STEPS[self.device.type])
+        found = self._time_steps(batches, 3 * _LEAST)
         return {part: median(seconds) for part, seconds in found.samples.items()}
 
     def _count(self, batches: Batches) -> Work:
         """What the dispatcher sees of a step."""
         images = next(batches).images
-        autocast = torch.autocast(self.device.type, self.trainer.dtype, self.trainer.dtype != torch.float32)
-        with torch.no_grad(), autocast, FlopCounterMode(display=False) as forward:
-            self.trainer.model(images if autocast._enabled else images.float())
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, self.trainer.dtype, self.trainer.dtype != torch.float32),
+            FlopCounterMode(display=False) as forward,
+        ):
+            self.trainer.model(images.float())
         with FlopCounterMode(display=False) as step, CallCounter() as counter:
             next(self.loop.steps(batches, flags=lambda: (0, 0)))
         return Work(
