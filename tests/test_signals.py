@@ -1,11 +1,20 @@
 """Signals that ask a run to stop."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from ssd_fast import signals
 from ssd_fast.signals import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def interrupts_raise() -> Iterator[None]:
+    """Also in a process that was started in the background, where SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_request() -> None:
