@@ -3,7 +3,8 @@
 A loss is what a step takes beyond what it would have to:
 - input: what a step takes longer when its batches come from pictures than when they are there;
 - allreduce: what backward does not hide, on the rank that waits least; uneven ranks: what others wait longer;
-- optimizer, loss: beyond a few times what their bytes take at the measured copy rate;
+- optimizer: beyond a few times what its bytes take at the measured copy rate;
+- loss: beyond a small share of what forward and backward take;
 - batch: what half a step with twice the pictures takes less;
 - host: what lies between the parts, and where a GPU is idle though its input is there.
 The largest loss bounds the run if it is more than a seventh of it. Otherwise the arithmetic does.
@@ -18,7 +19,8 @@ from ssd_fast.step import BACKWARD, FORWARD, LOSS, OPTIMIZER
 
 BOUNDING, WORTH_NAMING = 0.15, 0.03  # of the time
 _SGD_TRANSFERS = 7  # per weight: gradient checked, then weight, gradient and momentum read and two of them written
-_SLACK = 3.0  # times that what a part does anyway may take longer than its bytes
+_SLACK = 3.0  # times that the optimizer may take longer than its bytes
+_USUAL_LOSS = 0.15  # of forward and backward
 _SLOW_READING = 0.3  # of the input's time
 _FASTER_BF16 = 1.3
 _NEAR_ROOF = 0.5
@@ -66,7 +68,7 @@ def _losses(profile: Profile, whole: Stage) -> Iterator[Finding]:
         arithmetic_s = parts.seconds(FORWARD) + parts.seconds(BACKWARD)
         yield Finding(
             name="loss",
-            lost=(parts.seconds(LOSS) - 0.15 * arithmetic_s) / step_s,
+            lost=(parts.seconds(LOSS) - _USUAL_LOSS * arithmetic_s) / step_s,
             sentence=f"the loss: it takes {parts.seconds(LOSS) / arithmetic_s:.0%} of what forward and backward take. "
             "Look for what else happens in it than kernels.multibox_loss (ssd_fast/loss.py, Trainer.train_step).",
         )
