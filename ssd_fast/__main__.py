@@ -286,13 +286,15 @@ def _profile_training(
         if output is not None and world.is_main:
             output.mkdir(exist_ok=True)
         profiler = profile.Profiler(recipes[0], data, world, seconds=seconds, checkpoint=checkpoint)
-        trace = output / f"trace_rank{world.rank}.json.gz" if output else None
-        measured = profiler.profile(stages, recipe=paths[0].name, trace=trace)
+        measured = profiler.profile(stages, recipe=paths[0].name)
+    if world.is_main:
+        print(profile_report.format_profile(measured))
+        if earlier:
+            print("\n" + profile_report.compare_profiles(earlier[0], measured))
+    if output is not None and profiler.trace:
+        files.write_atomically(output / f"trace_rank{world.rank}.json.gz", profiler.trace)
     if not world.is_main:
         return
-    print(profile_report.format_profile(measured))
-    if earlier:
-        print("\n" + profile_report.compare_profiles(earlier[0], measured))
     if output is not None:
         files.write_atomically(output / "profile.json", measured.model_dump_json(indent=1).encode())
         page = profile_report.to_html(measured, earlier[0] if earlier else None)

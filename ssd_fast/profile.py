@@ -121,12 +121,14 @@ class Profiler:
             distributed=config.distributed,
         )
         self.loop = Loop(self.trainer, config, steps_per_epoch=_ENDLESS)
+        self.trace = b""
+        """A few steps of this rank as PyTorch's profiler records them, for Perfetto (gzip); empty before `profile`."""
 
-    def profile(self, stages: Collection[str], recipe: str, trace: Path | None = None) -> Profile:
+    def profile(self, stages: Collection[str], recipe: str) -> Profile:
         """The report; complete on rank 0, on the others without findings.
 
         stages: of INPUT_ALONE, STEP_ALONE, BOTH and EVALUATION.
-        recipe: its name. trace: file for a few steps of this rank as PyTorch's profiler records them, for Perfetto.
+        recipe: its name.
         """
         synthetic = self._synthetic_batches(self.config.training.batch_size)
         real = self._real_batches() if {INPUT_ALONE, BOTH} & set(stages) else synthetic
@@ -143,7 +145,7 @@ class Profiler:
         if {INPUT_ALONE, STEP_ALONE, BOTH} & set(stages):
             measured, spans = self._take_turns(stages, synthetic, real)
         if work:
-            work = self._trace(real if BOTH in stages else synthetic, trace, work)
+            work = self._trace(real if BOTH in stages else synthetic, work)
         if STEP_ALONE in stages and self._has_room_for_twice(measured, peak_bytes):
             doubled = self._double_batch()
         if EVALUATION in stages:
@@ -303,15 +305,17 @@ class Profiler:
             host_reads=tuple(HostRead(place=place, times=times) for place, times in counter.host_reads.items()),
         )
 
-    def _trace(self, batches: Batches, path: Path | None, work: Work) -> Work:
+    def _trace(self, batches: Batches, work: Work) -> Work:
         """The work, with what PyTorch's profiler sees of a few steps."""
         on_gpu = self.device.type == "cuda"
         os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU it reports an error, which is none
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with torch.profiler.profile(activities=activities, acc_events=True) as recorder:
             self._time_steps(batches, _TRACED_STEPS)
-        if path is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json.gz")
             recorder.export_chrome_trace(str(path))
+            self.trace = path.read_bytes()
         events = [event for event in recorder.events() if not event.is_user_annotation]
         if on_gpu:
             events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
