@@ -35,7 +35,7 @@ from torchvision_training import (
 from dali_pipelines.synthetic import SyntheticTrainLoader
 from ssd_fast.anchors import model_anchors
 from ssd_fast.config import Config, load_config
-from ssd_fast.distributed import World, launched_by_slurm, usable_cores
+from ssd_fast.distributed import World, input_threads, launched_by_slurm, usable_cores
 from ssd_fast.files import write_atomically
 from ssd_fast.inference import compute_dtype
 from ssd_fast.model import SSD
@@ -218,7 +218,7 @@ def run(
     images, size = recipe.training.batch_size, recipe.model.image_size
     environment = (
         f"{device_name(device)}; {str(compute_dtype(recipe.training.precision, device)).removeprefix('torch.')}; "
-        f"{images} pictures of {size} x {size} a step; ours: {recipe.data.num_threads or cores} threads, peer: "
+        f"{images} pictures of {size} x {size} a step; ours: {input_threads(recipe.data.num_threads)} threads, peer: "
         f"{cores} workers; torch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"torchvision {torchvision.__version__}; load {os.getloadavg()[0]:.1f}"
     )

@@ -251,7 +251,10 @@ def _augmented(
         contrast=_uniform(*augmentation.contrast),
         saturation=_uniform(*augmentation.saturation),
         hue=_uniform(-augmentation.hue_degrees, augmentation.hue_degrees),
+        dtype=types.FLOAT if device.type == "cpu" else types.UINT8,
     )
+    if device.type == "cpu":  # there rounding takes longer than the colours, and math.clamp as long as both of these
+        pixels = math.min(math.max(pixels, 0.0), 255.0)
     flip = fn.random.coin_flip(probability=augmentation.flip_probability)
     pixels = normalised(pixels, device, mirror=flip)
     parts = dict(zip(PIXEL_PARTS, (encoded[::_PAGE_BYTES], decoded, shrunk, pixels), strict=True))
@@ -278,7 +281,8 @@ def _ragged(boxes_ltrb: Tensor, labels: Tensor, device: torch.device) -> tuple[T
 
 
 def _uniform(low: float, high: float) -> Any:
-    return fn.random.uniform(range=[0.0, 1.0]) * (high - low) + low  # its own range may not be empty
+    beyond = np.nextafter(np.float32(high), np.float32(np.inf))  # the range may not be empty
+    return fn.random.uniform(range=[low, float(beyond)])
 
 
 def _derived_seed(seed: int, stream: int) -> int:

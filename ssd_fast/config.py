@@ -138,7 +138,7 @@ class DataConfig(_Section):
     bad_boxes: Literal["error", "skip"]
     """What a box without area or outside its picture does: end the run, or be left out with a counted warning."""
     num_threads: Annotated[int, Field(ge=0)]
-    """CPU threads of the input pipeline of each rank; 0 takes all cores that the process may use."""
+    """CPU threads of the input pipeline of each rank; 0 is one more than the cores that the process may use."""
     prefetch_batches: PositiveInt
     """Batches prepared ahead of the training step."""
     hw_decoder_load: Fraction = 0.9

@@ -170,6 +170,14 @@ def usable_cores() -> int:
     return cores if cores < (os.cpu_count() or 1) else max(1, cores // int(os.environ.get("HOROVOD_LOCAL_SIZE", 1)))
 
 
+def input_threads(num_threads: int) -> int:
+    """Threads of an input pipeline for data.num_threads; for 0 the usable cores and one more.
+
+    DALI computes one operator after another, and at the end of each a core would wait for the last picture.
+    """
+    return num_threads or usable_cores() + 1
+
+
 class _HorovodWorld(World):
     """One of the processes that Horovod connects; all of them must make the same calls in the same order."""
 

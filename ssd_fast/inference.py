@@ -16,7 +16,7 @@ from ssd_fast.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
 from ssd_fast.coco_eval import DetectionTable
 from ssd_fast.config import Config, DetectionConfig, override_config
 from ssd_fast.dataset import Category, CocoSet, DataError
-from ssd_fast.distributed import World, usable_cores
+from ssd_fast.distributed import World, input_threads
 from ssd_fast.model import SSD, on_device
 from ssd_fast.timing import DECODING, MODEL, PREPROCESSING, UNTIMED, Untimed
 from ssd_fast.weights import load_weights, read_torch_file
@@ -168,7 +168,7 @@ def make_eval_loader(
         image_size=config.model.image_size,
         batch_size=config.evaluation.batch_size,
         device=device,
-        num_threads=config.data.num_threads or usable_cores(),
+        num_threads=input_threads(config.data.num_threads),
         prefetch_batches=config.data.prefetch_batches,
         rank=world.rank,
         world_size=world.size,

@@ -29,7 +29,7 @@ from ssd_fast.checkpoint import (
 from ssd_fast.coco_eval import twelve_numbers
 from ssd_fast.config import Config, dump_toml
 from ssd_fast.dataset import CocoSet, DataError, load_coco
-from ssd_fast.distributed import World, usable_cores
+from ssd_fast.distributed import World, input_threads
 from ssd_fast.files import write_atomically
 from ssd_fast.inference import Detector, compute_dtype, make_eval_loader
 from ssd_fast.loop import Loop, Window
@@ -413,7 +413,7 @@ def loader_arguments(
         "image_size": config.model.image_size,
         "batch_size": config.training.batch_size,
         "device": device,
-        "num_threads": config.data.num_threads or usable_cores(),
+        "num_threads": input_threads(config.data.num_threads),
         "prefetch_batches": config.data.prefetch_batches,
         "hw_decoder_load": config.data.hw_decoder_load,
         "seed": config.training.seed,
