@@ -61,6 +61,7 @@ ENCODING = "encode, hand over"
 COLLECTING, SCORING = "collect", "score"
 
 _ROUNDS = 3
+_INPUT_TURNS = 3  # of each pipeline in a round: its parts are differences, which suffer most from a machine's moods
 _LEAST, _MOST = 2, 100  # batches or steps of a round
 _WARM_UP_STEPS = {"cpu": 2, "cuda": 20}
 _TRACED_STEPS = 3
@@ -174,7 +175,8 @@ class Profiler:
         inputs = self._inputs(real) if INPUT_ALONE in stages else {}
         trained = {name: batches for name, batches in ((STEP_ALONE, synthetic), (BOTH, real)) if name in stages}
         numbers = {
-            name: self._number_of(len(inputs) * self._time_input(make, _LEAST).seconds) for name, make in inputs.items()
+            name: self._number_of(_INPUT_TURNS * len(inputs) * self._time_input(make, _LEAST).seconds)
+            for name, make in inputs.items()
         }
         for name, batches in trained.items():
             numbers[name] = self._number_of(median(self._time_steps(batches, 1).seconds()))
@@ -185,7 +187,7 @@ class Profiler:
                 "round %d of %d: %s",
                 *(turn + 1, _ROUNDS, ", ".join(f"{number} x {name}" for name, number in numbers.items())),
             )
-            for name, make in inputs.items():
+            for name, make in _INPUT_TURNS * [*inputs.items()]:
                 made[name].append(self._time_input(make, numbers[name]))
             for name, batches in trained.items():
                 taken[name].append(self._time_steps(batches, numbers[name]))
@@ -437,11 +439,11 @@ def _step_stage(name: str, rounds: list[_Steps], images: int) -> Stage:
 
 
 def _input_stage(made: dict[str, list[_Batches]], images: int) -> Stage:
-    """Of pipelines that end after one more part each: a part is what the pipeline with it takes longer, per round."""
+    """Of pipelines that end after one more part each: a part is what the pipeline with it takes longer, per turn."""
     samples: dict[str, list[float]] = {}
-    before = [0.0] * _ROUNDS
-    for part, rounds in made.items():
-        until = [batches.seconds for batches in rounds]
+    before = [0.0] * len(made[ENCODING])
+    for part, turns in made.items():
+        until = [batches.seconds for batches in turns]
         samples[part] = [end - begin for begin, end in zip(before, until, strict=True)]
         before = until
     return _stage(INPUT_ALONE, samples, images, median(batches.busy for batches in made[ENCODING]))
