@@ -147,12 +147,12 @@ def test_a_gradient_that_is_not_a_number_is_a_difference() -> None:
 
 def test_memory_is_the_peak_not_what_remains() -> None:
     def run() -> int:
-        torch.ones(8 * 2**20)  # 32 MiB, freed before the next
-        return int(torch.ones(12 * 2**20)[0])
+        torch.ones(64 * 2**20)  # 256 MiB, which malloc gives back before the next
+        return int(torch.ones(96 * 2**20)[0])
 
     case = case_of(**{OURS: run, ORACLE: lambda: 1})._replace(measure_memory=True)
     ours, oracle = measure(case, CPU, repeats=1, copy_rate=1e9)
-    assert ours.peak_bytes == pytest.approx(48 * 2**20, rel=0.1)
+    assert ours.peak_bytes == pytest.approx(384 * 2**20, rel=0.1)
     assert oracle.peak_bytes is not None
     assert oracle.peak_bytes < 2**20
 

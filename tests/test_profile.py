@@ -30,6 +30,7 @@ from ssd_fast.step import OPTIMIZER, STEP_PARTS, Trainer
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """And none with twice the pictures: on a busy machine these may differ by more than what a test plants."""
     monkeypatch.setattr(profile, "_ROUNDS", 1)
+    monkeypatch.setattr(profile, "_INPUT_TURNS", 1)
     monkeypatch.setattr(profile, "_LONGEST_DOUBLED_S", 0.0)
 
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -75,9 +75,9 @@ class Site:
             "IFACE": "lo",
         }
 
-    def submit(self, *options: str, **variables: str) -> str:
-        """Number of a job that trains, or profiles, with four ranks on two nodes."""
-        return self.cluster.submit(RANKS, SCRIPT, options, environment=self.variables | variables)
+    def submit(self, *options: str, ranks: Sequence[str] = RANKS, **variables: str) -> str:
+        """Number of a job that trains, or profiles."""
+        return self.cluster.submit(ranks, SCRIPT, options, environment=self.variables | variables)
 
     def run_of(self, job: str) -> Path:
         return self.logs / f"{self.recipe.stem}_{job}"
@@ -167,12 +167,12 @@ def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: Site
 
 
 def test_a_profile_is_of_all_ranks(site: Site) -> None:
-    job = site.submit("--seconds", "0.1", PROFILE="1")
+    job = site.submit("--stage", "both", "--seconds", "0.1", ranks=("-N2", "-n2"), PROFILE="1")
     assert site.cluster.wait_for_end(job, RUN_S) == Ended("COMPLETED", 0, 0), site.log_of(job)
     report = read_profile(site.run_of(job) / "profile")
-    assert len(report.ranks) == 4
+    assert len(report.ranks) == 2
     assert all(rank.step_s and rank.allreduce_s is not None for rank in report.ranks)
-    assert len(list((site.run_of(job) / "profile").glob("trace_rank*.json.gz"))) == 4
+    assert len(list((site.run_of(job) / "profile").glob("trace_rank*.json.gz"))) == 2
     assert "Bound by " in site.log_of(job)
 
 

@@ -97,8 +97,11 @@ def test_training_lowers_the_loss(synthetic_set: Path, tmp_path: Path) -> None:
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [3, 8, 11], ids=["mid-epoch", "last step of an epoch", "second epoch"])
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [(signal.SIGINT, 3), (signal.SIGTERM, 8), (signal.SIGINT, 11)],
+    ids=["mid-epoch", "last step of an epoch", "second epoch"],
+)
 def test_a_run_stopped_by_a_signal_and_resumed_ends_as_if_uninterrupted(
     finished: Path,
     synthetic_set: Path,
