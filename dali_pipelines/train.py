@@ -253,7 +253,7 @@ def _augmented(
         hue=_uniform(-augmentation.hue_degrees, augmentation.hue_degrees),
         dtype=types.FLOAT if device.type == "cpu" else types.UINT8,
     )
-    if device.type == "cpu":  # there rounding takes longer than the colours, and math.clamp as long as both of these
+    if device.type == "cpu":  # there rounding takes longer than the colours, and math.clamp longer than both
         pixels = math.min(math.max(pixels, 0.0), 255.0)
     flip = fn.random.coin_flip(probability=augmentation.flip_probability)
     pixels = normalised(pixels, device, mirror=flip)
