@@ -1,4 +1,4 @@
-# make demo   environment, synthetic data, training, evaluation, pictures: everything once, in minutes, on two CPU cores
+# make demo   environment, synthetic data, training, evaluation, images: everything once, in minutes, on two CPU cores
 # make test   the test suite
 # make horovod   Horovod, from its source against this PyTorch; a wheel is kept, so that the next time takes seconds
 # make slurm   as root, on Debian and its kin: Slurm, whose tests start a cluster of their own, and are skipped without it
@@ -38,9 +38,9 @@ demo: install
 	@[ -e $(DEMO)/data ] || $(BIN)/ssd-fast synthesize $(DEMO)/data --images 2000 --seed 1
 	$(BIN)/ssd-fast train --config configs/demo.toml --data $(DEMO)/data --output $(DEMO)/run --resume
 	$(BIN)/ssd-fast evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt --data $(DEMO)/data --per-class
-	pictures=($(DEMO)/data/val2017/*.jpg)
-	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/pictures "$${pictures[@]:0:24}"
-	echo "look at $(DEMO)/run: detections.png, curves.png, precision_recall.png and pictures/"
+	images=($(DEMO)/data/val2017/*.jpg)
+	$(BIN)/ssd-fast detect --checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/run/images "$${images[@]:0:24}"
+	echo "look at $(DEMO)/run: detections.png, curves.png, precision_recall.png and images/"
 
 horovod: $(VENV)/horovod
 

@@ -84,7 +84,7 @@ for archive in "${archives[@]}"; do
     read -r md5 bytes _ <<<"$line"
     ! is_there "$folder/$(folder_of "$archive")" "$md5" || continue
     missing+=("$archive")
-    # pictures do not shrink, and take whole blocks of the disk; annotations are text
+    # images do not shrink, and take whole blocks of the disk; annotations are text
     [[ $archive == annotations* ]] && percent=350 || percent=103
     unpacked=$((unpacked + bytes * percent / 100))
     rest=$((bytes - $(size_of "$folder/$archive") - $(size_of "$folder/$archive.part")))

@@ -2,7 +2,7 @@
 
     python benchmarks/torchvision_peer.py --config configs/ssd300.toml --data DATA
 
-Both do the same work: same pictures and boxes, augmentation, layers, anchors, precision, batch and learning rate. They
+Both do the same work: same images and boxes, augmentation, layers, anchors, precision, batch and learning rate. They
 share a process and take turns: while one is timed, the other one and what it prepares ahead are at rest.
 """
 
@@ -218,7 +218,7 @@ def run(
     images, size = recipe.training.batch_size, recipe.model.image_size
     environment = (
         f"{device_name(device)}; {str(compute_dtype(recipe.training.precision, device)).removeprefix('torch.')}; "
-        f"{images} pictures of {size} x {size} a step; ours: {input_threads(recipe.data.num_threads)} threads, peer: "
+        f"{images} images of {size} x {size} a step; ours: {input_threads(recipe.data.num_threads)} threads, peer: "
         f"{cores} workers; torch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"torchvision {torchvision.__version__}; load {os.getloadavg()[0]:.1f}"
     )

@@ -1,6 +1,6 @@
 """Training of the same detector as one would otherwise write it, from torchvision's parts and its references.
 
-Pictures are read with PIL and torchvision.transforms.v2 in a DataLoader; the network has the same layers, in NCHW; the
+Images are read with PIL and torchvision.transforms.v2 in a DataLoader; the network has the same layers, in NCHW; the
 loss is torchvision's own, with matching and sorting; it runs eagerly, under DistributedDataParallel.
 """
 
@@ -41,14 +41,14 @@ class PeerBatch(NamedTuple):
 
 
 class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Augmented pictures of a set whose annotations have been parsed, those that have boxes."""
+    """Augmented images of a set whose annotations have been parsed, those that have boxes."""
 
     def __init__(self, images: LabelledImages, augmentation: AugmentationConfig, image_size: int) -> None:
         self._images = images
         self._with_boxes = np.flatnonzero(np.diff(images.offsets))
-        # In the crop, torchvision asks an option's IoU of one box of the picture, ours of all, and its range of aspects
+        # In the crop, torchvision asks an option's IoU of one box of the image, ours of all, and its range of aspects
         # is one of pixels, ours of fractions. Its colours change in random order, by the rules of ColorJitter. It is
-        # PIL up to the end because that is faster: at 300 x 300 it gave 64 and 78 pictures a second in two passes over
+        # PIL up to the end because that is faster: at 300 x 300 it gave 64 and 78 images a second in two passes over
         # 200 photographs of COCO, on one core of an AMD EPYC; with tensors from the start 56 and 58.
         hue = augmentation.hue_degrees / 360
         self._transforms = v2.Compose(
@@ -74,8 +74,8 @@ class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         index = self._with_boxes[position]
         truths = slice(self._images.offsets[index], self._images.offsets[index + 1])
-        with Image.open(self._images.image_dir / self._images.file_names[index]) as picture:
-            image = picture.convert("RGB")
+        with Image.open(self._images.image_dir / self._images.file_names[index]) as stored:
+            image = stored.convert("RGB")
         boxes_ltrb = torch.from_numpy(self._images.boxes_ltrb[truths])
         boxes = tv_tensors.BoundingBoxes(boxes_ltrb, format="XYXY", canvas_size=(image.height, image.width))
         labels = torch.from_numpy(self._images.labels[truths]).long()
@@ -98,7 +98,7 @@ def make_peer_loader(dataset: PeerDataset, batch_size: int, num_workers: int, *,
 
 
 def synthetic_peer_batch(images: Tensor, num_classes: int, seed: int) -> PeerBatch:
-    """Pictures of ours in the peer's form, with boxes of 0.1 to 0.6 of a side anywhere in them."""
+    """Images of ours in the peer's form, with boxes of 0.1 to 0.6 of a side anywhere in them."""
     generator = torch.Generator().manual_seed(seed)
     shape, size = (len(images), _BOXES_PER_IMAGE), images.shape[-1]
     sides = (0.1 + 0.5 * torch.rand(*shape, 2, generator=generator)) * size
@@ -131,7 +131,7 @@ class PeerTrainer:
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def loss(self, batch: PeerBatch) -> Tensor:
-        """Box and class loss together, divided by the positives of the whole batch (ours: picture by picture)."""
+        """Box and class loss together, divided by the positives of the whole batch (ours: image by image)."""
         deltas, logits = self._model(batch.images)
         boxes_and_labels = zip(batch.boxes_ltrb, batch.labels, strict=True)
         targets = [{"boxes": boxes_ltrb, "labels": labels} for boxes_ltrb, labels in boxes_and_labels]

@@ -2,5 +2,5 @@
 
 import os
 
-# Before DALI is loaded: buffers of up to a picture of COCO are kept and used again, not asked of the system each time.
+# Before DALI is loaded: buffers of up to an image of COCO are kept and used again, not asked of the system each time.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # reading annotations, in a process of its own, does not wait
 
 
 class LabelledImages(NamedTuple):
-    """A set of pictures with their ground truths, validated, as the pipelines read it.
+    """A set of images with their ground truths, validated, as the pipelines read it.
 
     The ground truths are ragged: those of image n are rows offsets[n] to offsets[n + 1].
 
@@ -48,11 +48,11 @@ class TrainBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Pictures to detect on; the last batch of a pass may hold fewer than the others.
+    """Images to detect on; the last batch of a pass may hold fewer than the others.
 
     images: [B, 3, S, S], channels_last in memory, normalised; float32 on the CPU, float16 on a GPU.
     image_ids: [B] int64, on the CPU.
-    sizes_hw: [B, 2] int32, on the CPU; pixels of the original picture.
+    sizes_hw: [B, 2] int32, on the CPU; pixels of the original image.
     """
 
     images: Tensor

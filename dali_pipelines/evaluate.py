@@ -1,4 +1,4 @@
-"""Pictures to detect on, in the order of their list."""
+"""Images to detect on, in the order of their list."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, 
 
 
 class EvalLoader:
-    """Iterates over this rank's share of the pictures, as often as wanted, each picture once per pass.
+    """Iterates over this rank's share of the images, as often as wanted, each image once per pass.
 
-    images: the pictures of all ranks, in batches of which rank r takes number r, r + world_size, … (maybe none at all):
-        every picture is computed beside the same others as on one rank alone. Ground truths are not used.
+    images: the images of all ranks, in batches of which rank r takes number r, r + world_size, … (maybe none at all):
+        every image is computed beside the same others as on one rank alone. Ground truths are not used.
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank; the last batch of a pass may be smaller.
     prefetch_batches: batches prepared ahead, at least 1.
-    apply_orientation: whether pictures are turned as their EXIF entry says and viewers show them; images.sizes_hw are
-        then those of the turned pictures. Off for a data set, whose boxes lie in the frame of the stored pixels.
-    Iterating raises PictureError for a file that cannot be decoded.
+    apply_orientation: whether images are turned as their EXIF entry says and viewers show them; images.sizes_hw are
+        then those of the turned images. Off for a data set, whose boxes lie in the frame of the stored pixels.
+    Iterating raises ImageError for a file that cannot be decoded.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[EvalBatch]:
         if not self._paths:
             return
-        # A pass gives its pipeline back only at its very end, where the reader stands at the first picture again.
+        # A pass gives its pipeline back only at its very end, where the reader stands at the first image again.
         pipeline, self._idle = self._idle or self._build(), None
         for start in range(0, len(self._paths), self._batch_size):
             paths = self._paths[start : start + self._batch_size]

@@ -17,8 +17,8 @@ _MEAN = [255 * value for value in (0.485, 0.456, 0.406)]
 _STD = [255 * value for value in (0.229, 0.224, 0.225)]
 
 
-class PictureError(ValueError):
-    """A picture that could not be read or decoded; the message names its file."""
+class ImageError(ValueError):
+    """An image that could not be read or decoded; the message names its file."""
 
 
 def make_pipeline(
@@ -54,12 +54,12 @@ def decoder_placement(device: torch.device) -> str:
 
 
 def resized(images: Any, image_size: int) -> Any:
-    """Pictures of image_size x image_size, uint8 HWC, aspect ratio not kept; shrunk with a triangular filter."""
+    """Images of image_size x image_size, uint8 HWC, aspect ratio not kept; shrunk with a triangular filter."""
     return fn.resize(images, size=[image_size, image_size], antialias=True)
 
 
 def normalised(images: Any, device: torch.device, *, mirror: Any = 0) -> Any:
-    """Pictures in ImageNet's normalisation, HWC, mirrored where mirror is 1; float32 on the CPU, float16 on a GPU."""
+    """Images in ImageNet's normalisation, HWC, mirrored where mirror is 1; float32 on the CPU, float16 on a GPU."""
     dtype = types.FLOAT16 if device.type == "cuda" else types.FLOAT
     return fn.crop_mirror_normalize(images, mirror=mirror, mean=_MEAN, std=_STD, dtype=dtype, output_layout="HWC")
 
@@ -69,7 +69,7 @@ def run(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple
 
     On a GPU they are ordered on torch's current stream: what is queued there next sees them complete.
     paths: the files that may be in the batch.
-    Raises PictureError when one of them cannot be read or decoded; the pipeline is of no use afterwards.
+    Raises ImageError when one of them cannot be read or decoded; the pipeline is of no use afterwards.
     """
     return tuple(torch.from_dlpack(output.as_tensor()) for output in run_ragged(pipeline, device, paths))
 
@@ -82,7 +82,7 @@ def run_ragged(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -
         message = str(error)
         if not re.search(r"operator `nvidia\.dali\.fn\.(readers|decoders)\.", message):
             raise
-        raise PictureError(_explain(message, paths)) from None
+        raise ImageError(_explain(message, paths)) from None
 
 
 def _device_index(device: torch.device) -> int:
@@ -96,11 +96,11 @@ def _explain(message: str, paths: Sequence[str]) -> str:
         path = next((path for path in paths if path.endswith(named[1])), named[1])
     else:
         path = _first_without_header(paths)
-    return f"{path}: cannot be read or decoded as a picture (DALI: {reason})"
+    return f"{path}: cannot be read or decoded as an image (DALI: {reason})"
 
 
 def _first_without_header(paths: Sequence[str]) -> str:
-    """The first file that does not start as a picture does: DALI reports such a one without its name."""
+    """The first file that does not start as an image does: DALI reports such a one without its name."""
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
     with pipeline:
         encoded, _ = fn.readers.file(files=list(paths))

@@ -67,7 +67,7 @@ class SyntheticTrainLoader:
 
 
 class SyntheticEvalLoader:
-    """Iterates over this rank's part of num_images standard normal pictures, as `EvalLoader` does over real ones.
+    """Iterates over this rank's part of num_images standard normal images, as `EvalLoader` does over real ones.
 
     Every batch holds the same pixels, under image ids that count from 0 over all ranks; all are of image_size pixels.
     """

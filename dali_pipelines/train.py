@@ -1,4 +1,4 @@
-"""Training pictures with their encoded targets: shuffled, sharded, augmented as in SSD, and resumable to the bit."""
+"""Training images with their encoded targets: shuffled, sharded, augmented as in SSD, and resumable to the bit."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from dali_pipelines.batch import LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes
 from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run, run_ragged
 
-# With "no crop" among seven options one picture in 10^66 needs more; without it some boxes may allow no crop at all.
+# With "no crop" among seven options one image in 10^66 needs more; without it some boxes may allow no crop at all.
 _MAX_OPTIONS_DRAWN = 1000
 
 PIXEL_PARTS = ("read", "crop and decode", "resize", "colour, normalise, flip")
@@ -31,11 +31,11 @@ image b are rows offsets[b] to offsets[b + 1]), to deltas [B, A, 4] and labels [
 
 
 class Augmentation(NamedTuple):
-    """Random changes of training pictures.
+    """Random changes of training images.
 
-    crop_min_ious: options of the crop: every box of the picture overlaps it by at least this IoU; 0 is no condition.
+    crop_min_ious: options of the crop: every box of the image overlaps it by at least this IoU; 0 is no condition.
     crop_allow_none: whether "no crop" is one more option, as likely to be drawn as each of crop_min_ious.
-    crop_sides: range of the crop's width and height, fractions of the picture's.
+    crop_sides: range of the crop's width and height, fractions of the image's.
     crop_aspect: range of the crop's width / height, both as fractions.
     crop_attempts: crops tried for an option before one is drawn again. If 1000 draws fail (only without "no crop"),
         the best crop found is taken; it may hold no box.
@@ -61,7 +61,7 @@ class TrainLoader:
 
     Every epoch is a new permutation of the whole set, drawn from the seed and the same on all ranks; the ranks' shards
     of it are disjoint and together complete. Augmentation is drawn on each rank by itself. Every rank gives the same
-    number of full batches: where its shard ends early, its last picture is repeated (in other crops and colours).
+    number of full batches: where its shard ends early, its last image is repeated (in other crops and colours).
 
     anchors_ltrb: [A, 4] float32, fractions of the image; of DALI's encoder.
     encode: makes the targets, on the device, when a batch is taken; left out, DALI's encoder makes them ahead, in the
@@ -69,7 +69,7 @@ class TrainLoader:
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank.
     prefetch_batches: batches prepared ahead, at least 1.
-    hw_decoder_load: share of the pictures for a GPU's hardware decoder.
+    hw_decoder_load: share of the images for a GPU's hardware decoder.
     state: from `state()` of a loader with equal arguments; this one goes on with the batch that would have come next.
     Raises ValueError when the set cannot be trained on, or when the state is of another set, seed, batch size,
     rank, encoder or version of DALI.
@@ -156,7 +156,7 @@ class TrainLoader:
     def epoch(self) -> Iterator[TrainBatch]:
         """The rest of the current epoch, or the whole next one where that is at its end.
 
-        Raises PictureError for a file that cannot be decoded; the loader is of no use afterwards.
+        Raises ImageError for a file that cannot be decoded; the loader is of no use afterwards.
         """
         assert self._pipeline is not None, "the loader is closed"
         for step in range(self._step, self.steps_per_epoch):
@@ -210,13 +210,13 @@ def _augmented(
     device: torch.device,
     hw_decoder_load: float,
 ) -> tuple[dict[str, Any], Any, Any]:
-    """Graph nodes of the pictures after each of PIXEL_PARTS and, on the CPU, of their boxes (ltrb) and labels.
+    """Graph nodes of the images after each of PIXEL_PARTS and, on the CPU, of their boxes (ltrb) and labels.
 
-    The last part gives normalised pictures [S, S, 3]. That of reading is one byte of each page of the files: they are
+    The last part gives normalised images [S, S, 3]. That of reading is one byte of each page of the files: they are
     mapped into memory, hence read when they are looked at.
     Colours are changed by DALI's one-pass operator, which differs from torchvision's ColorJitter in three ways. The
     order is fixed: hue and saturation, then contrast, then brightness, without clipping in between. Contrast pulls
-    towards 128, not towards the picture's mean grey. Hue turns the chroma plane of YIQ instead of the hue of HSV, by
+    towards 128, not towards the image's mean grey. Hue turns the chroma plane of YIQ instead of the hue of HSV, by
     the same angle in the same direction. Brightness and saturation agree to a grey level.
     """
     # Every recipe gives the same operators, so that a state suits it whatever the augmentation was.
@@ -224,7 +224,7 @@ def _augmented(
     if not min_ious:
         min_ious, sides, aspect = (0.0,), (1.0, 1.0), (1.0, 1.0)
     corner, extent, boxes, labels = fn.random_bbox_crop(
-        math.clamp(boxes, 0.0, 1.0),  # a rounding error beyond the picture's edge would end the pipeline
+        math.clamp(boxes, 0.0, 1.0),  # a rounding error beyond the image's edge would end the pipeline
         labels,
         thresholds=list(min_ious),
         allow_no_crop=augmentation.crop_allow_none,
@@ -303,7 +303,7 @@ def _with_boxes(images: LabelledImages) -> LabelledImages:
 def _check(images: LabelledImages, world_size: int, augmentation: Augmentation) -> None:
     if len(images.file_names) < world_size:
         raise ValueError(
-            f"{images.image_dir}: {len(images.file_names)} pictures with boxes: expected at least one for each of "
+            f"{images.image_dir}: {len(images.file_names)} images with boxes: expected at least one for each of "
             f"{world_size} ranks"
         )
     if not augmentation.crop_min_ious and not augmentation.crop_allow_none:

@@ -44,7 +44,7 @@ def train(
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Train a detector; checkpoints, records and pictures go to a folder."""
+    """Train a detector; checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
     from ssd_fast import distributed
@@ -73,7 +73,7 @@ def evaluate(
         bool, typer.Option("--per-class", help="Print the average precision of each class, too.")
     ] = False,
     only_annotated: Annotated[
-        bool, typer.Option("--only-annotated", help="Leave pictures without annotations out, as the MLPerf reference.")
+        bool, typer.Option("--only-annotated", help="Leave images without annotations out, as the MLPerf reference.")
     ] = False,
     with_timing: Annotated[bool, typer.Option("--timing", help="Print where the time went, too.")] = False,
     target: Annotated[
@@ -84,7 +84,7 @@ def evaluate(
     ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Score a detector on the validation pictures: COCO's twelve numbers."""
+    """Score a detector on the validation images: COCO's twelve numbers."""
     start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
 
@@ -133,7 +133,7 @@ def evaluate(
 
 @app.command()
 def detect(
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures, folders of them, or patterns.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Images, folders of them, or patterns.", show_default=False)],
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="Folder for annotated copies and detections.json.", show_default=False)],
     config: OwnConfigOption = None,
@@ -146,11 +146,11 @@ def detect(
     ] = 0.3,
     overrides: SetOption = None,
 ) -> None:
-    """Detect objects on pictures: annotated copies and one JSON file."""
+    """Detect objects on images: annotated copies and one JSON file."""
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import dataset, distributed, inference, progress, timing
-    from ssd_fast.detect import detect_pictures
+    from ssd_fast.detect import detect_images
 
     progress.setup_logging(None)
     device = distributed.World().device()
@@ -158,10 +158,10 @@ def detect(
     detector, recipe = inference.load_detector(
         checkpoint, device, config=given, overrides=overrides or (), categories=categories
     )
-    found = dataset.find_pictures(pictures, bad_images=recipe.data.bad_images)
-    timeline = detect_pictures(detector, recipe, found, output, device=device, drawn_score=drawn_score)
+    found = dataset.find_images(images, bad_images=recipe.data.bad_images)
+    timeline = detect_images(detector, recipe, found, output, device=device, drawn_score=drawn_score)
     print(timing.format_line(timeline.parts(), num_images=len(found.file_names)))
-    print(f"{len(found.file_names)} pictures: annotated copies and detections.json are in {output}")
+    print(f"{len(found.file_names)} images: annotated copies and detections.json are in {output}")
 
 
 @app.command()
@@ -235,7 +235,7 @@ def profile(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each stage; at least six steps are taken.")] = 10.0,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="kernels: pictures at a time; left out, 8 on a CPU, 128 (32) on a GPU.")
+        int | None, typer.Option(min=1, help="kernels: images at a time; left out, 8 on a CPU, 128 (32) on a GPU.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="kernels: calls of each; fewer of slow ones.")] = 20,
     overrides: SetOption = None,
@@ -325,7 +325,7 @@ def scaling(
     cluster: Annotated[str, typer.Option(help="Whose figures to assume: c4140, dgx_a100 or h200.")] = "c4140",
     run: Annotated[
         list[str] | None,
-        typer.Option("--run", metavar="GPUSxBATCH", help="GPUs and pictures per GPU, in place of the cluster's own."),
+        typer.Option("--run", metavar="GPUSxBATCH", help="GPUs and images per GPU, in place of the cluster's own."),
     ] = None,
     fp16_compression: Annotated[
         bool, typer.Option("--fp16-compression", help="With gradients of 2 bytes per element.")
@@ -371,10 +371,10 @@ def benchmark(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Data folder in COCO's layout; left out, random pictures.", show_default=False),
+        typer.Option(help="Data folder in COCO's layout; left out, random images.", show_default=False),
     ] = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Detect every picture, and score what LoadGen logs.")
+        bool, typer.Option("--accuracy", help="Detect every image, and score what LoadGen logs.")
     ] = False,
     find_load: Annotated[
         bool, typer.Option("--find-load", help="Search for the highest load of Server, from benchmark.server_qps up.")
@@ -427,18 +427,18 @@ def benchmark(
 @app.command()
 def synthesize(
     directory: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
-    images: Annotated[int, typer.Option(min=2, help="Number of pictures, a fifth of them for validation.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
+    images: Annotated[int, typer.Option(min=2, help="Number of images, a fifth of them for validation.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
 ) -> None:
     """Make a COCO-format data set of textured shapes, to try everything without COCO."""
     from ssd_fast import progress
     from ssd_fast.synthesize import synthesize as make
 
     progress.setup_logging(None)
-    shown = progress.track(range(images), "making pictures")
+    shown = progress.track(range(images), "making images")
     make(directory, num_images=images, seed=seed, on_progress=lambda _: next(shown))
     next(shown, None)
-    print(f"{images} pictures in {directory}")
+    print(f"{images} images in {directory}")
 
 
 @app.callback()

@@ -1,11 +1,11 @@
 """What bounds a run, from its profile: for each known way to lose time, how much is lost to it, and the way out.
 
 A loss is what a step takes beyond what it would have to:
-- input: what a step takes longer when its batches come from pictures than when they are there;
+- input: what a step takes longer when its batches come from images than when they are there;
 - allreduce: what backward does not hide, on the rank that waits least; uneven ranks: what others wait longer;
 - optimizer: beyond a few times what its bytes take at the measured copy rate;
 - loss: beyond a small share of what forward and backward take;
-- batch: what half a step with twice the pictures takes less;
+- batch: what half a step with twice the images takes less;
 - host: what lies between the parts, and where a GPU is idle though its input is there.
 The largest loss bounds the run if it is more than a seventh of it. Otherwise the arithmetic does.
 """
@@ -84,7 +84,7 @@ def _losses(profile: Profile, whole: Stage) -> Iterator[Finding]:
             lost=saved_s / step_s,
             sentence=f"a small batch: with training.batch_size = {2 * profile.batch_size} in place of "
             f"{profile.batch_size} the step alone trains {2 * alone.whole.median_s / doubled_s:.2f} times as many "
-            "pictures a second.",
+            "images a second.",
         )
     yield _host(profile, parts.seconds(REST) / step_s, input_s / step_s)
 
@@ -121,7 +121,7 @@ def _explain_part(profile: Profile, fed: Stage) -> str:
         return f"{share}, on {threads} of {cores} cores: data.num_threads = 0 takes all."
     if longest is fed.parts[-1]:
         return f"{share}: try the other data.box_encoder."
-    return f"{share}, on all {cores} cores. More cores for each rank help, or pictures that are stored smaller."
+    return f"{share}, on all {cores} cores. More cores for each rank help, or images that are stored smaller."
 
 
 def _ranks(profile: Profile, step_s: float) -> Iterator[Finding]:

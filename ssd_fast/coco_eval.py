@@ -49,7 +49,7 @@ class DetectionTable(NamedTuple):
     """Detections of any number of images, in any order; of equal scores in an image, the earlier row counts as better.
 
     image_ids: [D] int64, ids of the annotation file.
-    boxes_xywh: [D, 4] float64, left, top, width and height in pixels of the original picture.
+    boxes_xywh: [D, 4] float64, left, top, width and height in pixels of the original image.
     scores: [D] float64.
     category_ids: [D] int64, ids of the annotation file.
     """

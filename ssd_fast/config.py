@@ -119,44 +119,44 @@ def _conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 
 class DataConfig(_Section):
-    """Where pictures come from. Paths are relative to the data folder of the command line (COCO's own layout)."""
+    """Where images come from. Paths are relative to the data folder of the command line (COCO's own layout)."""
 
     train_images: str
-    """Folder of the training pictures."""
+    """Folder of the training images."""
     train_annotations: str
-    """COCO instances JSON of the training pictures."""
+    """COCO instances JSON of the training images."""
     val_images: str
-    """Folder of the validation pictures."""
+    """Folder of the validation images."""
     val_annotations: str
-    """COCO instances JSON of the validation pictures."""
+    """COCO instances JSON of the validation images."""
     classes: tuple[str, ...] | None = None
     """Names of the categories to learn, in label order; left out, all categories of the annotation file."""
     train_on_crowds: bool
     """Whether boxes with iscrowd = 1 are ground truths in training."""
     bad_images: Literal["error", "skip"]
-    """What a missing or undecodable picture does: end the run, or be left out with a counted warning."""
+    """What a missing or undecodable image does: end the run, or be left out with a counted warning."""
     bad_boxes: Literal["error", "skip"]
-    """What a box without area or outside its picture does: end the run, or be left out with a counted warning."""
+    """What a box without area or outside its image does: end the run, or be left out with a counted warning."""
     num_threads: Annotated[int, Field(ge=0)]
     """CPU threads of the input pipeline of each rank; 0 is one more than the cores that the process may use."""
     prefetch_batches: PositiveInt
     """Batches prepared ahead of the training step."""
     hw_decoder_load: Fraction = 0.9
-    """Share of the JPEG pictures that a GPU's hardware decoder takes, where there is one (from A100 and H100 on)."""
+    """Share of the JPEG images that a GPU's hardware decoder takes, where there is one (from A100 and H100 on)."""
     box_encoder: Literal["auto", "dali", "kernels"] = "auto"
     """Who turns boxes into targets: DALI, in the pipeline, or this project's operator, which decides between anchors of
     equal IoU as the MLPerf reference does; "auto" takes the faster one of the device."""
 
 
 class AugmentationConfig(_Section):
-    """Random changes of training pictures (SSD crop and photometric distortion)."""
+    """Random changes of training images (SSD crop and photometric distortion)."""
 
     crop_min_ious: tuple[Fraction, ...]
     """The crop's options: every kept box must overlap it by at least this IoU; 0 leaves the crop unconstrained."""
     crop_allow_none: bool
     """Whether "no crop" is one more option, as likely as each of crop_min_ious."""
     crop_sides: tuple[Fraction, Fraction]
-    """Range of the crop's width and height, fractions of the picture's."""
+    """Range of the crop's width and height, fractions of the image's."""
     crop_aspect: Range
     """Range of the crop's width / height, both taken as fractions."""
     crop_attempts: PositiveInt
@@ -232,7 +232,7 @@ class TrainingConfig(_Section):
     epochs: PositiveInt
     """Most epochs to train."""
     batch_size: PositiveInt
-    """Pictures per step on each rank."""
+    """Images per step on each rank."""
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     """Of weights, shuffling and augmentation."""
     precision: Literal["auto", "fp32", "fp16", "bf16"]
@@ -257,7 +257,7 @@ class EvaluationConfig(_Section):
     target_map: Fraction
     """COCO mAP at which training stops; 1 lets it go on to its last epoch."""
     batch_size: PositiveInt
-    """Pictures per evaluation batch on each rank."""
+    """Images per evaluation batch on each rank."""
 
 
 class DetectionConfig(_Section):
@@ -270,7 +270,7 @@ class DetectionConfig(_Section):
     max_per_class: PositiveInt
     """Best boxes of a class that enter suppression."""
     max_detections: PositiveInt
-    """Best boxes of a picture that are kept."""
+    """Best boxes of an image that are kept."""
 
 
 class DistributedConfig(_Section):
@@ -283,7 +283,7 @@ class DistributedConfig(_Section):
     float16 does not overflow. Unless 1, the last bits of a sum over more than two ranks depend on timing."""
     batch_norm_group: Literal[1, 2, 4, 8] = 1
     """Neighbouring ranks over which BatchNorm takes its statistics (apex's groupbn; GPUs of one node, fp16): for few
-    pictures per rank."""
+    images per rank."""
     timeout_s: Annotated[float, Field(ge=5)] = 300.0
     """Seconds after which a rank that is lost or hangs ends the run."""
 
@@ -295,21 +295,21 @@ class BenchmarkConfig(_Section):
     """
 
     performance_samples: PositiveInt = 64
-    """Pictures that are held in memory and asked for at random when performance is measured."""
+    """Images that are held in memory and asked for at random when performance is measured."""
     min_duration_s: Annotated[float, Field(ge=0)] = 600.0
     """Least duration of a valid run, seconds."""
     single_stream_min_queries: PositiveInt = 1024
-    """Least number of queries, one picture each and one at a time."""
+    """Least number of queries, one image each and one at a time."""
     single_stream_percentile: Percentile = 90
     """Percentile of the latency that is the result."""
     multi_stream_min_queries: PositiveInt = 270336
     """Least number of queries, one at a time."""
     multi_stream_samples: PositiveInt = 8
-    """Pictures of a query; they are one batch."""
+    """Images of a query; they are one batch."""
     multi_stream_percentile: Percentile = 99
     """Percentile of a query's latency that is the result."""
     server_min_queries: PositiveInt = 270336
-    """Least number of queries, one picture each, which come at random times."""
+    """Least number of queries, one image each, which come at random times."""
     server_percentile: Percentile = 99
     """Percentile of the latency that must not exceed the bound."""
     server_latency_ms: PositiveFloat = 100.0
@@ -319,11 +319,11 @@ class BenchmarkConfig(_Section):
     server_batch_size: PositiveInt = 8
     """Most queries that are computed together; twice the time of such a batch should lie within the bound."""
     offline_min_samples: PositiveInt = 24576
-    """Least number of pictures, all in one query."""
+    """Least number of images, all in one query."""
     offline_batch_size: PositiveInt = 32
-    """Pictures that are computed together."""
+    """Images that are computed together."""
     offline_qps: PositiveFloat | None = None
-    """Expected pictures a second, from which follows how many there are; left out, measured before."""
+    """Expected images a second, from which follows how many there are; left out, measured before."""
 
 
 class Config(_Section):

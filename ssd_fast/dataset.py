@@ -1,7 +1,7 @@
 """COCO-format data sets: read, checked once, and handed on as arrays.
 
-Everything that can be wrong with annotations or pictures is found here, before a pipeline is built: what follows may
-rely on boxes inside their pictures, known labels and decodable files.
+Everything that can be wrong with annotations or images is found here, before a pipeline is built: what follows may
+rely on boxes inside their images, known labels and decodable files.
 """
 
 import glob
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Policy = Literal["error", "skip"]
-PICTURE_FORMATS = ("JPEG", "PNG")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_FORMATS = ("JPEG", "PNG")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 SMALLEST_SIDE = 0.1  # pixels: narrower boxes have no area (COCO itself holds a few)
 _JPEG_END = b"\xff\xd9"
 _EXIF_ORIENTATION = 0x0112
 
 
 class DataError(ValueError):
-    """Annotations or pictures that cannot be used; the message names the file and what was expected."""
+    """Annotations or images that cannot be used; the message names the file and what was expected."""
 
 
 class Category(NamedTuple):
@@ -51,7 +51,7 @@ class CocoSet(NamedTuple):
 
     annotation_file: where it came from.
     categories: label k (from 1) is categories[k - 1].
-    images: pictures and ground truths.
+    images: images and ground truths.
     num_left_out_images, num_left_out_boxes: what the policies for bad ones left out.
     """
 
@@ -66,10 +66,10 @@ class CocoSet(NamedTuple):
         images = self.images
         left_out = [
             f"{count} bad {what} left out"
-            for count, what in ((self.num_left_out_images, "pictures"), (self.num_left_out_boxes, "boxes"))
+            for count, what in ((self.num_left_out_images, "images"), (self.num_left_out_boxes, "boxes"))
             if count
         ]
-        counts = f"{len(images.file_names)} pictures, {len(images.boxes_ltrb)} boxes, {len(self.categories)} classes"
+        counts = f"{len(images.file_names)} images, {len(images.boxes_ltrb)} boxes, {len(self.categories)} classes"
         return f"{self.annotation_file}: " + "; ".join([counts, *left_out])
 
 
@@ -108,12 +108,12 @@ def load_coco(
     bad_images: Policy = "error",
     bad_boxes: Policy = "skip",
 ) -> CocoSet:
-    """The pictures and boxes of a COCO instances file, checked.
+    """The images and boxes of a COCO instances file, checked.
 
-    annotation_file: COCO instances JSON. image_dir: folder of its pictures.
+    annotation_file: COCO instances JSON. image_dir: folder of its images.
     classes: category names in label order; None takes all categories, in the order of their ids.
     with_crowds: whether boxes with iscrowd = 1 count as ground truths.
-    only_annotated: whether pictures without any annotation are left out, as the MLPerf reference does.
+    only_annotated: whether images without any annotation are left out, as the MLPerf reference does.
     bad_images, bad_boxes: "error" raises at the first; "skip" leaves them out and logs how many and which.
     Raises DataError for a missing or malformed file, ids that repeat or refer to nothing, and an empty set.
     """
@@ -124,7 +124,7 @@ def load_coco(
     categories = _select_categories(instances.categories, classes, annotation_file)
     image_ids = np.array([image.id for image in instances.images], dtype=np.int64)
     if len(image_ids) == 0:
-        raise DataError(f"{annotation_file}: images is empty: expected at least one picture")
+        raise DataError(f"{annotation_file}: images is empty: expected at least one image")
     if len(np.unique(image_ids)) != len(image_ids):
         repeated = _first_repeated(image_ids)
         raise DataError(f"{annotation_file}: images: expected unique ids, {repeated} occurs more than once")
@@ -134,17 +134,17 @@ def load_coco(
     boxes, usable = _clip_boxes(boxes, sizes_hw[owners])
     bad_box_texts = [
         f"{annotation_file}: image {image_ids[owners[row]]}: box {_box_text(boxes[row])} (left, top, right, bottom) "
-        f"has no area inside its picture of {sizes_hw[owners[row], 1]} x {sizes_hw[owners[row], 0]} pixels"
+        f"has no area inside its image of {sizes_hw[owners[row], 1]} x {sizes_hw[owners[row], 0]} pixels"
         for row in np.flatnonzero(~usable)
     ]
     _apply_policy(bad_box_texts, bad_boxes, "boxes", "bad_boxes")
 
     file_names = [image.file_name for image in instances.images]
-    problems = inspect_pictures([image_dir / name for name in file_names], sizes_hw)
-    _apply_policy([problem for problem in problems if problem], bad_images, "pictures", "bad_images")
+    problems = inspect_images([image_dir / name for name in file_names], sizes_hw)
+    _apply_policy([problem for problem in problems if problem], bad_images, "images", "bad_images")
     keep = np.array([problem is None for problem in problems], dtype=bool)
     if not keep.any():
-        raise DataError(f"{annotation_file}: none of its {len(keep)} pictures can be used")
+        raise DataError(f"{annotation_file}: none of its {len(keep)} images can be used")
 
     usable &= keep[owners]
     new_index = np.cumsum(keep) - 1
@@ -174,28 +174,28 @@ def read_categories(annotation_file: Path) -> tuple[Category, ...]:
     return _select_categories(_read_instances(annotation_file).categories, None, annotation_file)
 
 
-def find_pictures(paths: Iterable[Path], *, bad_images: Policy) -> LabelledImages:
-    """Pictures to detect on, without ground truths; image_ids count from 0, sizes_hw are those after EXIF rotation.
+def find_images(paths: Iterable[Path], *, bad_images: Policy) -> LabelledImages:
+    """Images to detect on, without ground truths; image_ids count from 0, sizes_hw are those after EXIF rotation.
 
-    paths: files, folders whose pictures (by file name ending) are all taken, or patterns of files (*, ?, [ ] and **).
-    Raises DataError for a path that is not there, a folder without pictures and, under "error", an unusable picture.
+    paths: files, folders whose images (by file name ending) are all taken, or patterns of files (*, ?, [ ] and **).
+    Raises DataError for a path that is not there, a folder without images and, under "error", an unusable image.
     """
     files: list[Path] = []
     for path in itertools.chain.from_iterable(map(_matching, paths)):
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
-                raise DataError(f"{path}: a folder without pictures: expected files in {', '.join(PICTURE_SUFFIXES)}")
+                raise DataError(f"{path}: a folder without images: expected files in {', '.join(IMAGE_SUFFIXES)}")
             files += found
         elif path.exists():
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder, and no file matches it as a pattern")
     inspected = _in_threads(_inspect_upright, files)
-    _apply_policy([item for item in inspected if isinstance(item, str)], bad_images, "pictures", "bad_images")
+    _apply_policy([item for item in inspected if isinstance(item, str)], bad_images, "images", "bad_images")
     kept = [(file, item) for file, item in zip(files, inspected, strict=True) if not isinstance(item, str)]
     if not kept:
-        raise DataError("no usable picture among those given")
+        raise DataError("no usable image among those given")
     return LabelledImages(
         image_dir=Path("/"),
         file_names=tuple(str(file.resolve()) for file, _ in kept),
@@ -214,8 +214,8 @@ def _matching(path: Path) -> list[Path]:
     return sorted(file for name in glob.iglob(str(path), recursive=True) if (file := Path(name)).is_file()) or [path]
 
 
-def inspect_pictures(paths: Sequence[Path], sizes_hw: np.ndarray) -> list[str | None]:
-    """What is wrong with each picture, or None: [N] texts that name the file and what was expected.
+def inspect_images(paths: Sequence[Path], sizes_hw: np.ndarray) -> list[str | None]:
+    """What is wrong with each image, or None: [N] texts that name the file and what was expected.
 
     sizes_hw: [N, 2] pixels, what the annotations say. Reads headers and the end of the file; decodes only in doubt.
     """
@@ -250,24 +250,24 @@ def _inspect_upright(path: Path) -> tuple[int, int] | str:
 
 
 def _read_header(path: Path) -> tuple[tuple[int, int], int]:
-    """Stored height and width in pixels and EXIF orientation (1 to 8) of a usable picture; else DataError."""
+    """Stored height and width in pixels and EXIF orientation (1 to 8) of a usable image; else DataError."""
     try:
-        with path.open("rb") as file, Image.open(file, formats=PICTURE_FORMATS) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise DataError(f"{path}: has more than 8 bits a channel: expected an 8-bit picture")
-            orientation = int(picture.getexif().get(_EXIF_ORIENTATION, 1))
-            size_hw = (picture.height, picture.width)
-            if picture.format == "JPEG":
+        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{path}: has more than 8 bits a channel: expected an 8-bit image")
+            orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+            size_hw = (image.height, image.width)
+            if image.format == "JPEG":
                 file.seek(max(0, path.stat().st_size - 4096))
                 if _JPEG_END in file.read():  # else it may be cut short, or carry data after its end
                     return size_hw, orientation
             file.seek(0)
-            picture.load()
+            image.load()
             return size_hw, orientation
     except FileNotFoundError:
-        raise DataError(f"{path}: no such picture") from None
+        raise DataError(f"{path}: no such image") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not a picture: expected an 8-bit {' or '.join(PICTURE_FORMATS)}") from None
+        raise DataError(f"{path}: not an image: expected an 8-bit {' or '.join(IMAGE_FORMATS)}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded: {error}") from None
 
@@ -340,7 +340,7 @@ def _ground_truths(
 
 
 def _clip_boxes(boxes_ltrb: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes cut to their pictures [T, 4] (those without area as they were), and which have an area [T] bool."""
+    """Boxes cut to their images [T, 4] (those without area as they were), and which have an area [T] bool."""
     limits = sizes_hw[:, [1, 0, 1, 0]].astype(np.float64)
     clipped = np.clip(boxes_ltrb, 0, limits)
     sides = clipped[:, 2:] - clipped[:, :2]

@@ -1,4 +1,4 @@
-"""Detection on a user's own pictures: annotated copies and one JSON file."""
+"""Detection on a user's own images: annotated copies and one JSON file."""
 
 import io
 import json
@@ -21,35 +21,35 @@ from ssd_fast.visualize import draw_detections
 RESULTS = "detections.json"
 
 
-def detect_pictures(
+def detect_images(
     detector: Detector,
     config: Config,
-    pictures: LabelledImages,
+    images: LabelledImages,
     output: Path,
     *,
     device: torch.device,
     drawn_score: float,
 ) -> Timeline:
-    """Writes an annotated copy of every picture to a folder, and all detections to detections.json in it.
+    """Writes an annotated copy of every image to a folder, and all detections to detections.json in it.
 
-    The JSON is a list with an object per picture: file, annotated (its copy), width and height (pixels, after EXIF
+    The JSON is a list with an object per image: file, annotated (its copy), width and height (pixels, after EXIF
     rotation) and detections, best first: category_id, category, score, bbox [x, y, width, height] in pixels.
 
-    pictures: as find_pictures gives them.
+    images: as find_images gives them.
     drawn_score: detections under this probability are in the JSON only.
     Returns where the time went.
     """
     timeline = Timeline(device, time.perf_counter())
     output.mkdir(parents=True, exist_ok=True)
-    loader = make_eval_loader(config, pictures, device, apply_orientation=True)
+    loader = make_eval_loader(config, images, device, apply_orientation=True)
     timeline.settle("preparing")
     table = detector.detect_all(track(loader, "detecting", total=len(loader)), timeline=timeline)
     loader.close()
     timeline.settle("collecting")
     names = {category.id: category.name for category in detector.categories}
     results = []
-    for index, copy_name in enumerate(track(_copy_names(pictures.file_names), "drawing")):
-        file_name, (height, width) = pictures.file_names[index], pictures.sizes_hw[index].tolist()
+    for index, copy_name in enumerate(track(_copy_names(images.file_names), "drawing")):
+        file_name, (height, width) = images.file_names[index], images.sizes_hw[index].tolist()
         rows = np.flatnonzero(table.image_ids == index)
         found = [
             {"category_id": category_id, "category": names[category_id], "score": score, "bbox": box}
@@ -60,8 +60,8 @@ def detect_pictures(
                 strict=True,
             )
         ]
-        picture = {"file": file_name, "annotated": copy_name, "width": width, "height": height}
-        results.append(picture | {"detections": found})
+        image = {"file": file_name, "annotated": copy_name, "width": width, "height": height}
+        results.append(image | {"detections": found})
         drawn = rows[table.scores[rows] >= drawn_score]
         boxes_xywh = table.boxes_xywh[drawn]
         _write_annotated(
@@ -86,8 +86,8 @@ def _write_annotated(
     scores: np.ndarray,
     class_names: Sequence[str],
 ) -> None:
-    with Image.open(source) as picture:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
+    with Image.open(source) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     buffer = io.BytesIO()
     drawn = draw_detections(upright, boxes_ltrb, labels, scores, class_names=class_names)
     drawn.save(buffer, format="JPEG", quality=90)
@@ -95,7 +95,7 @@ def _write_annotated(
 
 
 def _copy_names(file_names: Sequence[str]) -> list[str]:
-    """A name for each annotated copy: the picture's own, numbered where two folders hold the same."""
+    """A name for each annotated copy: the image's own, numbered where two folders hold the same."""
     names: list[str] = []
     for file_name in file_names:
         stem, number = Path(file_name).stem, 1

@@ -173,7 +173,7 @@ def usable_cores() -> int:
 def input_threads(num_threads: int) -> int:
     """Threads of an input pipeline for data.num_threads; for 0 the usable cores and one more.
 
-    DALI computes one operator after another, and at the end of each a core would wait for the last picture.
+    DALI computes one operator after another, and at the end of each a core would wait for the last image.
     """
     return num_threads or usable_cores() + 1
 

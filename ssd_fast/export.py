@@ -84,7 +84,7 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
 
 
 def check_onnx(content: bytes, detector: Detector, *, with_decode: bool, batch_size: int = 1) -> str | None:
-    """How closely onnxruntime follows PyTorch on random pictures, in words; None where it is not installed.
+    """How closely onnxruntime follows PyTorch on random images, in words; None where it is not installed.
 
     content, with_decode: what `to_onnx` gave, and for what.
     Raises ExportError when predictions differ by more than 1e-4 of the largest one, or when fewer than 99% of the

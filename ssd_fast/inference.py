@@ -1,4 +1,4 @@
-"""From pictures to detections: one picture's worth, a whole data set's, or a folder's."""
+"""From images to detections: one image's worth, a whole data set's, or a folder's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +83,7 @@ class Detector:
         category_ids: np.ndarray | None = None,
         timeline: Untimed = UNTIMED,
     ) -> DetectionTable:
-        """Detections of many pictures in pixels, read from the device once, at the end.
+        """Detections of many images in pixels, read from the device once, at the end.
 
         category_ids: [K] int64, the id to report for label k + 1; left out, the categories' own.
         timeline: gets the regions PREPROCESSING (which for the most part runs beside the model), MODEL and DECODING.
@@ -158,7 +158,7 @@ def make_eval_loader(
     world: World | None = None,
     apply_orientation: bool = False,
 ) -> EvalLoader:
-    """A pass over pictures, in their order, or over this rank's share of them.
+    """A pass over images, in their order, or over this rank's share of them.
 
     apply_orientation: whether EXIF rotation is applied; a data set's boxes refer to the stored pixels, without it.
     """

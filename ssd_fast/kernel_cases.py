@@ -18,7 +18,7 @@ from kernels.reference import Detections, Targets, cxcywh_to_ltrb
 from ssd_fast.distributed import usable_cores
 
 NUM_CLASSES = 81
-BOXES_PER_IMAGE = (8, 60)  # COCO's mean is 7; one picture in a hundred has more than 30
+BOXES_PER_IMAGE = (8, 60)  # COCO's mean is 7; one image in a hundred has more than 30
 OURS, ORACLE = "kernels", "plain torch"
 
 _SCORE_THRESHOLD, _IOU_THRESHOLD, _MAX_PER_CLASS, _MAX_DETECTIONS = 0.05, 0.5, 200, 200  # of MLPerf, and our defaults

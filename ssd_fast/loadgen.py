@@ -1,6 +1,6 @@
 """MLPerf LoadGen drives the detector: its four scenarios, its settings for this model, its accuracy log.
 
-Owner of mlcommons-loadgen. LoadGen calls back to have pictures loaded and queries answered. Pictures are decoded,
+Owner of mlcommons-loadgen. LoadGen calls back to have images loaded and queries answered. Images are decoded,
 resized and normalised when it has them loaded, which MLPerf does not time, and lie in host memory in the network's own
 layout; a query is answered when its detections are in host memory.
 """
@@ -57,7 +57,7 @@ class Measured(NamedTuple):
     """What a run gave.
 
     figures: LoadGen's own, by the names in its detail log; of an accuracy run, none that count.
-    num_queries: of the whole run; each is one picture, and was answered. num_batches: in which they were computed.
+    num_queries: of the whole run; each is one image, and was answered. num_batches: in which they were computed.
     """
 
     scenario: Scenario
@@ -87,17 +87,17 @@ def run(
     output: Path,
     device: torch.device,
 ) -> Measured:
-    """Lets LoadGen measure the detector, or has all pictures detected for the accuracy log; its logs go to a folder.
+    """Lets LoadGen measure the detector, or has all images detected for the accuracy log; its logs go to a folder.
 
-    coco_set: what the pictures are; None for random ones, which have no accuracy.
+    coco_set: what the images are; None for random ones, which have no accuracy.
     Raises ValueError for settings that cannot be measured. An error while LoadGen runs, and Ctrl-C, end the process.
     """
     loadgen = _import_loadgen()
     settings = config.benchmark
     if mode == "accuracy" and coco_set is not None and coco_set.num_left_out_images:
         raise DataError(
-            f"{coco_set.annotation_file}: {coco_set.num_left_out_images} of its pictures are left out, but the "
-            "accuracy log counts pictures by their position in the file: expected all of them to be usable"
+            f"{coco_set.annotation_file}: {coco_set.num_left_out_images} of its images are left out, but the "
+            "accuracy log counts images by their position in the file: expected all of them to be usable"
         )
     output.mkdir(parents=True, exist_ok=True)
     for name in _LOGS:
@@ -120,8 +120,8 @@ def run(
     def start_test() -> None:
         sut = loadgen.ConstructFastSUT(_guarded(system.issue, events.put), lambda: None)
         qsl = loadgen.ConstructQSL(
-            library.num_pictures,
-            min(settings.performance_samples, library.num_pictures),
+            library.num_images,
+            min(settings.performance_samples, library.num_images),
             _guarded(library.load, events.put),
             _guarded(library.unload, events.put),
         )
@@ -141,7 +141,7 @@ def run(
                 error = events.get(timeout=_REPORT_INTERVAL_S)
                 break
             except queue.Empty:
-                logger.info("%d pictures answered in %d batches", system.num_answered, system.num_batches)
+                logger.info("%d images answered in %d batches", system.num_answered, system.num_batches)
     except KeyboardInterrupt as interrupt:
         _abandon(interrupt)
     if error is not None:
@@ -151,20 +151,20 @@ def run(
 
 
 class SampleLibrary:
-    """LoadGen's query sample library: pictures by their position in the set, ready for the network in host memory."""
+    """LoadGen's query sample library: images by their position in the set, ready for the network in host memory."""
 
     def __init__(self, config: Config, images: LabelledImages | None, device: torch.device) -> None:
-        """images: None for random pictures, config.benchmark.performance_samples of them."""
+        """images: None for random images, config.benchmark.performance_samples of them."""
         self._config = config
         self._images = images
         self._device = device
         self._samples = torch.empty(0)  # [N, S, S, 3], normalised; pinned and float16 for a GPU, else float32
         self._rows: dict[int, int] = {}  # of samples, by position in the set
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.num_pictures = config.benchmark.performance_samples if images is None else len(images.file_names)
+        self.num_images = config.benchmark.performance_samples if images is None else len(images.file_names)
 
     def load(self, indices: Sequence[int]) -> None:
-        """Has these pictures in memory, and no others. LoadGen names some twice, in MultiStream."""
+        """Has these images in memory, and no others. LoadGen names some twice, in MultiStream."""
         self._rows = {index: row for row, index in enumerate(dict.fromkeys(indices))}
         size = self._config.model.image_size
         gpu = self._device.type == "cuda"
@@ -185,7 +185,7 @@ class SampleLibrary:
         self._samples, self._rows = torch.empty(0), {}
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Loaded pictures on the device [B, 3, S, S], channels_last; on a GPU ordered on the current stream.
+        """Loaded images on the device [B, 3, S, S], channels_last; on a GPU ordered on the current stream.
 
         There they are copied one by one from where they lie, on a stream of their own, while another batch is computed.
         """
@@ -229,8 +229,8 @@ class Answers(NamedTuple):
     """The answers to a batch of queries.
 
     query_ids: LoadGen's, B of them. counts: [B] int32, detections of each.
-    rows: [B, D, 7] float32: position of the picture in the set, top, left, bottom and right as fractions of it, score,
-        label number; those of picture b are the first counts[b].
+    rows: [B, D, 7] float32: position of the image in the set, top, left, bottom and right as fractions of it, score,
+        label number; those of image b are the first counts[b].
     """
 
     query_ids: Sequence[int]
@@ -240,7 +240,7 @@ class Answers(NamedTuple):
 
 class _Query(NamedTuple):
     id: int
-    picture: int
+    image: int
 
 
 class _Computed(NamedTuple):
@@ -258,7 +258,7 @@ class SystemUnderTest:
     As soon as the device has room for a batch it gets one of the queries that are there, the oldest first: batches grow
     with the load. To let an idle device wait 5 to 40 ms for a fuller batch never raised the load at which p99 reaches
     100 ms, in simulations with Poisson arrivals of devices that take 0.5 to 5 ms for a batch and 0.6 to 8 ms for each
-    picture in it; it cost latency. The host waits for the device only where it answers.
+    image in it; it cost latency. The host waits for the device only where it answers.
     """
 
     def __init__(
@@ -304,9 +304,9 @@ class SystemUnderTest:
             thread.start()
         return measured.result()
 
-    def issue(self, query_ids: Sequence[int], pictures: Sequence[int]) -> None:
+    def issue(self, query_ids: Sequence[int], indices: Sequence[int]) -> None:
         """Takes queries from LoadGen; they are answered later, each once."""
-        queries = map(_Query, query_ids, pictures)
+        queries = map(_Query, query_ids, indices)
         with self._arrived:
             self._waiting.extend(queries)
             self._arrived.notify()
@@ -343,7 +343,7 @@ class SystemUnderTest:
                 if batch.done is not None:
                     batch.done.synchronize()
                 rows = np.empty((*batch.rows.shape[:2], 7), np.float32)
-                rows[:, :, 0] = np.array([query.picture for query in batch.queries])[:, None]
+                rows[:, :, 0] = np.array([query.image for query in batch.queries])[:, None]
                 rows[:, :, 1:] = batch.rows.numpy()
                 self._complete(Answers([query.id for query in batch.queries], batch.counts.numpy(), rows))
                 self.num_answered += len(batch.queries)
@@ -360,7 +360,7 @@ class SystemUnderTest:
             return [self._waiting.popleft() for _ in range(min(self._largest_batch, len(self._waiting)))]
 
     def _detect(self, queries: list[_Query]) -> _Computed:
-        return self._to_host(queries, self._library.batch([query.picture for query in queries]))
+        return self._to_host(queries, self._library.batch([query.image for query in queries]))
 
     @torch.inference_mode()
     def _to_host(self, queries: list[_Query], images: Tensor) -> _Computed:
@@ -395,7 +395,7 @@ class SystemUnderTest:
 
 
 def largest_batch(settings: BenchmarkConfig, scenario: Scenario) -> int:
-    """Most pictures that a scenario computes together."""
+    """Most images that a scenario computes together."""
     return {
         "SingleStream": 1,
         "MultiStream": settings.multi_stream_samples,
@@ -459,7 +459,7 @@ def label_numbers(detector: Detector, coco_set: CocoSet) -> Tensor:
 
 
 def read_accuracy_log(path: Path, coco_set: CocoSet) -> DetectionTable:
-    """The detections in an accuracy log, in pixels; of a picture that is in it several times, the first.
+    """The detections in an accuracy log, in pixels; of an image that is in it several times, the first.
 
     coco_set: the whole annotation file of the run.
     Raises DataError for a log that is of another set, or not whole.
@@ -471,11 +471,11 @@ def read_accuracy_log(path: Path, coco_set: CocoSet) -> DetectionTable:
         index = entry["qsl_idx"]
         rows = np.frombuffer(bytes.fromhex(entry["data"]), np.float32).reshape(-1, 7).astype(np.float64)
         if (rows[:, 0] != index).any():
-            raise DataError(f"{path}: qsl_idx {index} has rows of another picture")
+            raise DataError(f"{path}: qsl_idx {index} has rows of another image")
         rows_of.setdefault(index, rows)
     if sorted(rows_of) != list(range(len(images.file_names))):
         raise DataError(
-            f"{path}: holds {len(rows_of)} pictures: expected each of the {len(images.file_names)} of "
+            f"{path}: holds {len(rows_of)} images: expected each of the {len(images.file_names)} of "
             f"{coco_set.annotation_file}"
         )
     found = np.concatenate([rows_of[index] for index in range(len(rows_of))])
@@ -511,7 +511,7 @@ def format_measured(measured: Measured, settings: BenchmarkConfig) -> str:
         trials = f"by trials of {settings.min_duration_s:g} s each: a run must confirm it"
         too_much = f"not found: benchmark.server_qps = {settings.server_qps:g}, where the search starts, is too much"
         rows.append(("highest load", too_much if load is None else f"{load:.0f} queries/s, {trials}"))
-    rows.append(("pictures", f"{measured.num_queries} in {measured.num_batches} batches, on average of {each:.1f}"))
+    rows.append(("images", f"{measured.num_queries} in {measured.num_batches} batches, on average of {each:.1f}"))
     if measured.mode == "performance" and scenario != "Offline":
         kind = "per_query_latency_ns" if scenario == "MultiStream" else "latency_ns"
         query = "query_" if scenario == "MultiStream" else ""
@@ -535,7 +535,7 @@ def _metric(figures: dict[str, Any], scenario: Scenario, settings: BenchmarkConf
     """The rows of the figure that a scenario is about."""
     match scenario:
         case "Offline":
-            return [("throughput", f"{figures['result_samples_per_second']:.4g} pictures/s")]
+            return [("throughput", f"{figures['result_samples_per_second']:.4g} images/s")]
         case "SingleStream":
             percentile = settings.single_stream_percentile
             latency = figures[f"result_{percentile}.00_percentile_latency_ns"]
@@ -544,7 +544,7 @@ def _metric(figures: dict[str, Any], scenario: Scenario, settings: BenchmarkConf
             percentile = settings.multi_stream_percentile
             latency = figures[f"result_{percentile}.00_percentile_per_query_latency_ns"]
             name = f"p{percentile} of the latency"
-            return [(name, f"{latency / 1e6:.2f} ms for {settings.multi_stream_samples} pictures")]
+            return [(name, f"{latency / 1e6:.2f} ms for {settings.multi_stream_samples} images")]
         case "Server":
             percentile = settings.server_percentile
             latency = figures[f"result_{percentile}.00_percentile_latency_ns"]

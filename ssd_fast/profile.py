@@ -273,7 +273,7 @@ class Profiler:
         return _Steps(samples, shown, busy)
 
     def _has_room_for_twice(self, measured: list[Stage], peak_bytes: int | None) -> bool:
-        """Whether a step with twice the pictures is worth its time, and fits into a GPU; the same on all ranks."""
+        """Whether a step with twice the images is worth its time, and fits into a GPU; the same on all ranks."""
         step_s = next(stage.whole.median_s for stage in measured if stage.name == STEP_ALONE)
         fits = True
         if self.device.type == "cuda":
@@ -281,8 +281,8 @@ class Profiler:
         return self.world.broadcast(fits and step_s < _LONGEST_DOUBLED_S)
 
     def _double_batch(self) -> dict[str, float]:
-        """Median seconds of the parts of a step with twice the pictures."""
-        logger.info("%s, with twice the pictures", STEP_ALONE)
+        """Median seconds of the parts of a step with twice the images."""
+        logger.info("%s, with twice the images", STEP_ALONE)
         batches = self._synthetic_batches(2 * self.config.training.batch_size)
         self._time_steps(batches, _WARM_UP_STEPS[self.device.type])
         found = self._time_steps(batches, 3 * _LEAST)
@@ -339,7 +339,7 @@ class Profiler:
     # ---- evaluation ----
 
     def _evaluate(self) -> Stage | None:
-        """As many validation pictures as there is time for; None on ranks other than 0, which may have no batch."""
+        """As many validation images as there is time for; None on ranks other than 0, which may have no batch."""
         assert self.sets is not None
         val_set = self.sets[1]
         logger.info("evaluation")
@@ -476,7 +476,7 @@ def _covered(ranges: list[tuple[float, float]]) -> float | None:
 
 
 def _write_part(annotation_file: Path, image_ids: Collection[int], target: Path) -> None:
-    """A COCO annotation file of some of the pictures of another."""
+    """A COCO annotation file of some of the images of another."""
     content, wanted = json.loads(annotation_file.read_bytes()), set(image_ids)
     content["images"] = [image for image in content["images"] if image["id"] in wanted]
     content["annotations"] = [item for item in content["annotations"] if item["image_id"] in wanted]

@@ -141,7 +141,7 @@ class Finding(_Record):
 class Profile(_Record):
     """All of it.
 
-    config: the recipe, by section and key. batch_size: of a rank. doubled: of a step alone with twice the pictures,
+    config: the recipe, by section and key. batch_size: of a rank. doubled: of a step alone with twice the images,
     median seconds of its parts; empty where that was not measured. findings: the first says what bounds the run.
     """
 

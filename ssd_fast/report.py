@@ -9,7 +9,7 @@ from ssd_fast.coco_eval import DetectionTable, read_results, score
 from ssd_fast.dataset import Category, CocoSet
 from ssd_fast.visualize import GridCell, draw_grid, plot_curves, plot_precision_recall
 
-NUM_PICTURES = 12
+NUM_IMAGES = 12
 DRAWN_SCORE = 0.3
 
 
@@ -29,17 +29,17 @@ def draw_report(output: Path, val_set: CocoSet, categories: tuple[Category, ...]
 
 
 def _choose_cells(val_set: CocoSet, table: DetectionTable) -> list[GridCell]:
-    """Pictures spread over the whole set, each with its ground truth and its confident detections."""
+    """Images spread over the whole set, each with its ground truth and its confident detections."""
     images = val_set.images
     names = {category.id: category.name for category in val_set.categories}
     num_images = len(images.file_names)
     cells = []
-    for index in np.unique(np.linspace(0, num_images - 1, min(NUM_PICTURES, num_images)).round().astype(int)).tolist():
+    for index in np.unique(np.linspace(0, num_images - 1, min(NUM_IMAGES, num_images)).round().astype(int)).tolist():
         truths = slice(images.offsets[index], images.offsets[index + 1])
         found = (table.image_ids == images.image_ids[index]) & (table.scores >= DRAWN_SCORE)
         boxes_xywh = table.boxes_xywh[found]
-        with Image.open(images.image_dir / images.file_names[index]) as picture:
-            pixels = picture.convert("RGB")
+        with Image.open(images.image_dir / images.file_names[index]) as image:
+            pixels = image.convert("RGB")
         cells.append(
             GridCell(
                 image=pixels,

@@ -69,8 +69,8 @@ class Measured(NamedTuple):
 class Cluster(NamedTuple):
     """Nodes, their links and their GPUs, and what is run on them.
 
-    runs: numbers of GPUs and pictures per GPU. batch_independent_s: of a step, to launch kernels and to update weights;
-    the rest of it is pictures / images_per_s.
+    runs: numbers of GPUs and images per GPU. batch_independent_s: of a step, to launch kernels and to update weights;
+    the rest of it is images / images_per_s.
     node_bytes_per_s: what a ring of all GPUs of a node carries. network_bytes_per_s: of a node, all of its ports.
     base_latency_s: of an allreduce. node_latency_s, network_latency_s: of each of its hops.
     message_s: one message between two ranks by TCP, which is how ranks agree (Gloo).
@@ -105,7 +105,7 @@ CLUSTERS = {
 
 # What each term of the model costs is found by leaving it out.
 TERMS: dict[str, dict[str, float]] = {
-    "few pictures": {"batch_independent_s": 0},
+    "few images": {"batch_independent_s": 0},
     "bandwidth": {"node_bytes_per_s": math.inf, "network_bytes_per_s": math.inf},
     "latency": {"base_latency_s": 0, "node_latency_s": 0, "network_latency_s": 0},
     "agreement": {"message_s": 0},
@@ -268,16 +268,16 @@ def format_table(
             + f"  {max(costs, key=costs.__getitem__)}"
         )
     return (
-        "\n".join(lines) + f"\nefficiency: images/s per GPU, of those of a GPU alone with {alone} pictures per step. "
+        "\n".join(lines) + f"\nefficiency: images/s per GPU, of those of a GPU alone with {alone} images per step. "
         "Last columns: ms by which a step would\nbe shorter without that term (they overlap), and the largest of them."
     )
 
 
 def parse_run(text: str) -> tuple[int, int]:
-    """GPUs and pictures per GPU, of a text like 64x24."""
+    """GPUs and images per GPU, of a text like 64x24."""
     num_gpus, times, batch_size = text.partition("x")
     if not (times and num_gpus.isdecimal() and batch_size.isdecimal() and int(num_gpus) and int(batch_size)):
-        raise ValueError(f"--run {text}: expected GPUs x pictures per GPU, like 64x24")
+        raise ValueError(f"--run {text}: expected GPUs x images per GPU, like 64x24")
     return int(num_gpus), int(batch_size)
 
 

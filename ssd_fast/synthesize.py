@@ -1,7 +1,7 @@
 """A made-up detection set in COCO's format, for demonstrations and tests without any download.
 
 Five classes, each one silhouette with one texture; colours mean nothing. Distractors have a class's texture on a
-shapeless blob, or the silhouette without the texture. Objects hide parts of each other; the picture's edge cuts some.
+shapeless blob, or the silhouette without the texture. Objects hide parts of each other; the image's edge cuts some.
 """
 
 import json
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One figure in the picture's plane.
+    """One figure in the image's plane.
 
     x, y: centre, pixels. radius: of the circle around it, pixels. angle: radians. squeeze: v is shrunk by it.
     detail: the texture is finer by it, relative to the figure.
@@ -58,8 +58,8 @@ class Figure(NamedTuple):
     colours: Array
 
 
-class Picture(NamedTuple):
-    """A finished picture with its ground truth.
+class SyntheticImage(NamedTuple):
+    """A finished image with its ground truth.
 
     image: RGB or greyscale, width and height 160 to 320 pixels. quality: of the JPEG.
     things: painted in this order; one figure is an object, several together are a crowd.
@@ -147,7 +147,7 @@ def _figure(rng: Generator, kind: Kind, x: float, y: float, radius: float, colou
 
 
 class Stamp(NamedTuple):
-    """A figure's share of every pixel of the part of the picture that it may touch.
+    """A figure's share of every pixel of the part of the image that it may touch.
 
     rows, columns: that part. coverage: [h, w] float32 in 0..1. area: pixels at least half covered, also outside.
     """
@@ -223,7 +223,7 @@ def _propose(
 
 
 def _arrange(rng: Generator, width: int, height: int) -> tuple[list[tuple[Figure, ...]], Array]:
-    """Objects such that enough of every one is seen, and who is seen at every pixel, as in Picture."""
+    """Objects such that enough of every one is seen, and who is seen at every pixel, as in SyntheticImage."""
     things: list[tuple[Figure, ...]] = []
     areas: list[int] = []
     owners = np.zeros((height, width), np.int64)
@@ -274,8 +274,8 @@ def _photograph(rng: Generator, canvas: Array) -> Image.Image:
     return image.convert("L") if rng.random() < 1 / 30 else image
 
 
-def make_picture(seed: int, number: int) -> Picture:
-    """Picture number of the endless series that seed names; the same on every call with one version of NumPy."""
+def make_image(seed: int, number: int) -> SyntheticImage:
+    """The image of a number in the endless series that seed names; the same on every call with one version of NumPy."""
     rng = np.random.default_rng((seed, number))
     width, height = (int(n) for n in rng.integers(160, 321, 2))
     canvas = _background(rng, width, height)
@@ -287,14 +287,14 @@ def make_picture(seed: int, number: int) -> Picture:
         for figure in thing:
             _paint(canvas, figure)
     image = _photograph(rng, canvas)
-    return Picture(image, int(rng.integers(70, 96)), tuple(things), owners)
+    return SyntheticImage(image, int(rng.integers(70, 96)), tuple(things), owners)
 
 
-def annotate(picture: Picture, image_id: int) -> list[dict[str, Any]]:
+def annotate(synthetic: SyntheticImage, image_id: int) -> list[dict[str, Any]]:
     """COCO annotations: box and area are those of the visible part, in pixels. Ids are image_id * 100 onwards."""
     annotations = []
-    for index, thing in enumerate(picture.things):
-        mask = picture.owners == index + 1
+    for index, thing in enumerate(synthetic.things):
+        mask = synthetic.owners == index + 1
         columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
         left, top = float(columns[0]), float(rows[0])
         annotations.append(
@@ -311,17 +311,17 @@ def annotate(picture: Picture, image_id: int) -> list[dict[str, Any]]:
 
 
 def split_of(number: int) -> str:
-    """The folder of picture number: every fifth belongs to the validation set, number 2 first."""
+    """The folder of image number: every fifth belongs to the validation set, number 2 first."""
     return "val2017" if number % 5 == 2 else "train2017"
 
 
-def _write_picture(directory: Path, seed: int, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    picture = make_picture(seed, number)
+def _write_image(directory: Path, seed: int, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    synthetic = make_image(seed, number)
     name = f"{number:012d}.jpg"
-    picture.image.save(directory / split_of(number) / name, quality=picture.quality)
-    width, height = picture.image.size
+    synthetic.image.save(directory / split_of(number) / name, quality=synthetic.quality)
+    width, height = synthetic.image.size
     entry = {"license": 1, "file_name": name, "height": height, "width": width, "id": number}
-    return entry, annotate(picture, number)
+    return entry, annotate(synthetic, number)
 
 
 def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], object] | None) -> None:
@@ -341,7 +341,7 @@ def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Call
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
         numbers = range(1, num_images + 1)
-        written = pool.map(partial(_write_picture, directory, seed), numbers)
+        written = pool.map(partial(_write_image, directory, seed), numbers)
         for number, (entry, annotations) in zip(numbers, written, strict=True):
             content = splits[split_of(number)]
             content["images"].append(entry)
@@ -357,11 +357,11 @@ def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Call
 def synthesize(
     directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], object] | None = None
 ) -> None:
-    """Writes a set of num_images pictures, a fifth of them for validation, in COCO's own layout.
+    """Writes a set of num_images images, a fifth of them for validation, in COCO's own layout.
 
     directory: must not exist, or be empty; it appears only when the set is complete.
-    num_images: at least 2. A larger set of the same seed begins with the same pictures in the same split.
-    on_progress: called with the number of pictures done.
+    num_images: at least 2. A larger set of the same seed begins with the same images in the same split.
+    on_progress: called with the number of images done.
     Raises ValueError if an argument is out of range or directory holds something already, OSError if writing fails.
     """
     directory = directory.resolve()

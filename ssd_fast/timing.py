@@ -154,7 +154,7 @@ def format_line(parts: Mapping[str, Sequence[float]], *, num_images: int) -> str
     seconds = {part: round(sum(laps), 2) for part, laps in parts.items()}
     total = round(sum(seconds.values()), 2)
     listed = ", ".join(f"{part} {value:.2f}" for part, value in seconds.items() if value)
-    return f"{num_images} pictures in {total:.2f} s, {num_images / total:.4g} a second ({listed})"
+    return f"{num_images} images in {total:.2f} s, {num_images / total:.4g} a second ({listed})"
 
 
 def _percentiles(seconds: Sequence[float] | np.ndarray) -> str:

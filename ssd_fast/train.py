@@ -1,4 +1,4 @@
-"""A training run: from a recipe and a data folder to checkpoints, records and pictures."""
+"""A training run: from a recipe and a data folder to checkpoints, records and images."""
 
 import logging
 import math
@@ -282,7 +282,7 @@ class Run:
             self._take_score(epoch)
 
     def _evaluate(self, epoch: int) -> None:
-        """Detects on all validation pictures; while another process scores that, training goes on."""
+        """Detects on all validation images; while another process scores that, training goes on."""
         self._take_score(self.unscored_epoch)
         self.evaluation_start = time.perf_counter()
         self.mlperf.eval_start(epoch)
@@ -435,7 +435,7 @@ def make_encode(config: Config, anchors_cxcywh: Tensor) -> Encode | None:
 def box_encoder(setting: str, device: torch.device) -> str:
     """The encoder that data.box_encoder means on a device, "dali" or "kernels".
 
-    "auto" is the operator on a CPU: DALI's encoder takes ten times its time from the cores that decode pictures. On a
+    "auto" is the operator on a CPU: DALI's encoder takes ten times its time from the cores that decode images. On a
     GPU it is DALI's, which runs ahead of the training step; there the two have not been compared yet.
     """
     if setting != "auto":
@@ -461,7 +461,7 @@ def load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:
         bad_boxes=data.bad_boxes,
     )
     if len(train_set.images.boxes_ltrb) == 0:
-        raise DataError(f"{train_set.annotation_file}: no picture has a box to learn from")
+        raise DataError(f"{train_set.annotation_file}: no image has a box to learn from")
     return train_set, val_set
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: detections drawn on photographs, and the curves of a run.
+"""Images for people: detections drawn on photographs, and the curves of a run.
 
 Owner of matplotlib, beside profile_charts: without pyplot, so that no state is shared with others in the process.
 """
@@ -32,7 +32,7 @@ _NAMED_CLASSES = 10
 
 
 class GridCell(NamedTuple):
-    """A picture of a grid, with what is on it and what was found.
+    """An image of a grid, with what is on it and what was found.
 
     image: any size.
     truth_boxes_ltrb, boxes_ltrb: [G, 4] and [D, 4], pixels of image.
@@ -59,12 +59,12 @@ def draw_detections(
     class_names: Sequence[str] = (),
     font_size: int | None = None,
 ) -> Image.Image:
-    """An RGB copy of a picture with boxes, class names and scores on it.
+    """An RGB copy of an image with boxes, class names and scores on it.
 
-    boxes_ltrb: [D, 4], pixels, finite; parts outside the picture are cut off, boxes wholly outside are left out.
+    boxes_ltrb: [D, 4], pixels, finite; parts outside the image are cut off, boxes wholly outside are left out.
     labels: D class names. scores: [D], drawn best on top; left out, the first is on top.
     class_names: all classes; those named get colours far apart, others one that follows from the name alone.
-    font_size: pixels; left out, it follows from the picture's size, as the width of the lines does.
+    font_size: pixels; left out, it follows from the image's size, as the width of the lines does.
     """
     canvas = image.convert("RGB")
     boxes = _checked_boxes(boxes_ltrb, labels)
@@ -99,14 +99,14 @@ def draw_grid(
     cell_size: tuple[int, int] = (400, 300),
     class_names: Sequence[str] = (),
 ) -> None:
-    """Writes pictures side by side: what was found as lines in the colour of its class, ground truths as dashed ones.
+    """Writes images side by side: what was found as lines in the colour of its class, ground truths as dashed ones.
 
     cells: at least one. path: PNG, or JPEG (a sixth of the size) where it ends so.
-    cell_size: width and height in pixels that each picture is scaled to fit.
+    cell_size: width and height in pixels that each image is scaled to fit.
     class_names: as for draw_detections.
     """
     if not cells:
-        raise ValueError("cells is empty: expected at least one picture")
+        raise ValueError("cells is empty: expected at least one image")
     gap, font = 12, _font(13)
     line = sum(font.getmetrics())
     columns = min(columns, len(cells))
@@ -120,8 +120,8 @@ def draw_grid(
     for n, cell in enumerate(cells):
         left, top = gap + n % columns * (width + gap), gap + line + gap + n // columns * (height + 4 + line + gap)
         draw.rectangle((left, top, left + width - 1, top + height - 1), fill=(240, 240, 240))
-        picture = _draw_cell(cell, cell_size, class_names)
-        sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
+        image = _draw_cell(cell, cell_size, class_names)
+        sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
         caption = _shortened(cell.caption, font, width)
         draw.text((left + width // 2, top + height + 4), caption, fill=(60, 60, 60), font=font, anchor="ma")
     buffer = io.BytesIO()
@@ -156,7 +156,7 @@ def _checked_boxes(boxes_ltrb: np.ndarray, labels: Sequence[str]) -> np.ndarray:
 
 
 def _visible_pixels(box_ltrb: np.ndarray, size: tuple[int, int]) -> Area | None:
-    """First and last column and row (left, top, right, bottom) of a box inside a picture, or None."""
+    """First and last column and row (left, top, right, bottom) of a box inside an image, or None."""
     width, height = size
     left, top, right, bottom = (float(side) for side in box_ltrb)
     if right < left or bottom < top or left >= width or top >= height or right <= 0 or bottom <= 0:
@@ -174,7 +174,7 @@ def _draw_outline(draw: ImageDraw.ImageDraw, pixels: Area, colour: Colour, width
 
 
 def _place_label(box: Area, size: tuple[int, int], canvas: tuple[int, int], taken: Sequence[Area]) -> Area | None:
-    """Where a label covers the least of other labels: over, in or under its box, wholly inside the picture.
+    """Where a label covers the least of other labels: over, in or under its box, wholly inside the image.
 
     None where it would hide a third of its own size of them: in a crowd, fewer labels tell more.
     """
@@ -206,7 +206,7 @@ def _padding(font: ImageFont.FreeTypeFont) -> int:
 
 
 def _fitting_text(text: str, font: ImageFont.FreeTypeFont, canvas: tuple[int, int]) -> tuple[str, tuple[int, int]]:
-    """The text, cut to the picture's width, and the size of its label; empty where not even a line fits."""
+    """The text, cut to the image's width, and the size of its label; empty where not even a line fits."""
     height = sum(font.getmetrics())
     if height > canvas[1]:
         return "", (0, 0)
@@ -240,8 +240,8 @@ def _colour_of(name: str, class_names: Sequence[str]) -> Colour:
 def _draw_cell(cell: GridCell, cell_size: tuple[int, int], class_names: Sequence[str]) -> Image.Image:
     factor = min(cell_size[0] / cell.image.width, cell_size[1] / cell.image.height)
     size = max(1, round(cell.image.width * factor)), max(1, round(cell.image.height * factor))
-    picture = cell.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(picture)
+    image = cell.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(image)
     for box, label in zip(
         _checked_boxes(cell.truth_boxes_ltrb, cell.truth_labels) * factor, cell.truth_labels, strict=True
     ):
@@ -249,7 +249,7 @@ def _draw_cell(cell: GridCell, cell_size: tuple[int, int], class_names: Sequence
         if pixels is not None:
             _draw_dashes(draw, pixels, _colour_of(label, class_names))
     boxes_ltrb = _checked_boxes(cell.boxes_ltrb, cell.labels) * factor
-    return draw_detections(picture, boxes_ltrb, cell.labels, cell.scores, class_names=class_names, font_size=11)
+    return draw_detections(image, boxes_ltrb, cell.labels, cell.scores, class_names=class_names, font_size=11)
 
 
 def _draw_dashes(draw: ImageDraw.ImageDraw, pixels: Area, colour: Colour) -> None:
@@ -298,9 +298,9 @@ def _curves_figure(records: Sequence[Mapping[str, Any]], *, source: str) -> Figu
     _set_limits(accuracy_axes, evaluation["map_50"])
 
     for axes, columns, title, unit in (
-        (loss_axes, train, "Loss (thin: as measured; thick: smoothed)", "loss, mean per picture"),
+        (loss_axes, train, "Loss (thin: as measured; thick: smoothed)", "loss, mean per image"),
         (rate_axes, train, "Learning rate", "learning rate"),
-        (accuracy_axes, evaluation, "Accuracy on the validation pictures", "average precision, 0 to 1"),
+        (accuracy_axes, evaluation, "Accuracy on the validation images", "average precision, 0 to 1"),
     ):
         _style(axes, title=title, ylabel=unit)
         if len(columns["step"]) == 0:

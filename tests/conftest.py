@@ -22,7 +22,7 @@ def coco_ccby() -> Path:
 
 @pytest.fixture(scope="session")
 def synthetic_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small synthetic COCO-format folder: 64 training and 16 validation pictures."""
+    """A small synthetic COCO-format folder: 64 training and 16 validation images."""
     from ssd_fast.synthesize import synthesize
 
     directory = tmp_path_factory.mktemp("synthetic") / "data"

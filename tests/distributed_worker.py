@@ -51,7 +51,7 @@ def make_batch(trainer: Trainer, seed: int) -> TrainBatch:
 
 
 def train(world: World, overrides: Sequence[str] = (), *, frozen: bool = True, bad_rank: int = -1) -> dict[str, Any]:
-    """Five steps; a rank may be given pictures that are not numbers in one of them."""
+    """Five steps; a rank may be given images that are not numbers in one of them."""
     trainer = make_trainer(world, ("optimizer.clip_norm=5.0", *overrides), frozen=frozen)
     meter = LossMeter(world)
     windows, digests, statistics = [], [], []

@@ -2,7 +2,7 @@
 
 `make gpu-check`, or `python tests/gpu_check.py [--data DIR]` wherever PyTorch is: what needs something else that is not
 installed is skipped, and its row says what. DIR is a COCO-format folder with 64 photographs in its validation part;
-without one, synthetic pictures stand in. Exit status: 0 when every check that ran holds, 1 when one does not, 2 without
+without one, synthetic images stand in. Exit status: 0 when every check that ran holds, 1 when one does not, 2 without
 a GPU.
 """
 
@@ -320,8 +320,8 @@ def _check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Ro
 
     data, overrides = _find_data(arguments.data, scratch)
     config = load_config(RECIPE, overrides)
-    pictures = load_coco(data / config.data.val_annotations, data / config.data.val_images)
-    yield from _check_pipelines(config, pictures)
+    images = load_coco(data / config.data.val_annotations, data / config.data.val_images)
+    yield from _check_pipelines(config, images)
     yield from _check_learning(config, data, scratch / "run")
 
 
@@ -337,18 +337,18 @@ def _find_data(directory: Path, scratch: Path) -> tuple[Path, list[str]]:
     from ssd_fast.synthesize import synthesize
 
     if not (scratch / "data").is_dir():
-        print(f"no photographs at {directory}: synthetic pictures instead")
+        print(f"no photographs at {directory}: synthetic images instead")
         synthesize(scratch / "data", num_images=320, seed=0)
     return scratch / "data", overrides
 
 
-def _train_loader(config: "Config", pictures: "CocoSet", device: torch.device, batch_size: int) -> "TrainLoader":
+def _train_loader(config: "Config", images: "CocoSet", device: torch.device, batch_size: int) -> "TrainLoader":
     from dali_pipelines.train import Augmentation, TrainLoader
     from kernels.reference import cxcywh_to_ltrb
     from ssd_fast.anchors import model_anchors
 
     return TrainLoader(
-        images=pictures.images,
+        images=images.images,
         anchors_ltrb=cxcywh_to_ltrb(model_anchors(config.model)).numpy(),
         image_size=config.model.image_size,
         batch_size=batch_size,
@@ -360,11 +360,11 @@ def _train_loader(config: "Config", pictures: "CocoSet", device: torch.device, b
     )
 
 
-def _eval_loader(config: "Config", pictures: "CocoSet", device: torch.device) -> "EvalLoader":
+def _eval_loader(config: "Config", images: "CocoSet", device: torch.device) -> "EvalLoader":
     from dali_pipelines.evaluate import EvalLoader
 
     return EvalLoader(
-        images=pictures.images,
+        images=images.images,
         image_size=config.model.image_size,
         batch_size=16,
         device=device,
@@ -373,10 +373,10 @@ def _eval_loader(config: "Config", pictures: "CocoSet", device: torch.device) ->
     )
 
 
-def _check_pipelines(config: "Config", pictures: "CocoSet") -> Iterator[Row]:
-    """The GPU's batches against the CPU's: same pictures, crops and targets; pixels to two grey levels on average."""
+def _check_pipelines(config: "Config", images: "CocoSet") -> Iterator[Row]:
+    """The GPU's batches against the CPU's: same images, crops and targets; pixels to two grey levels on average."""
     levels, same_targets = [], []
-    on_cpu, on_gpu = (_train_loader(config, pictures, device, 16) for device in (CPU, GPU))
+    on_cpu, on_gpu = (_train_loader(config, images, device, 16) for device in (CPU, GPU))
     with on_cpu, on_gpu:
         for expected, found in zip(on_cpu.epoch(), on_gpu.epoch(), strict=True):
             assert np.array_equal(on_cpu.last_image_ids, on_gpu.last_image_ids)
@@ -389,13 +389,13 @@ def _check_pipelines(config: "Config", pictures: "CocoSet") -> Iterator[Row]:
             same_targets.append(same.float().mean().item())
     yield _row("training pixels, GPU - CPU", np.mean(levels), "{:.2f} grey levels", at_most=2)
     yield _row("training targets alike", np.mean(same_targets), "{:.6f} of anchors", at_least=0.99999)
-    batches = zip(_eval_loader(config, pictures, CPU), _eval_loader(config, pictures, GPU), strict=True)
+    batches = zip(_eval_loader(config, images, CPU), _eval_loader(config, images, GPU), strict=True)
     levels = [(found.images.float().cpu() - expected.images).abs().mean().item() for expected, found in batches]
     yield _row("evaluation pixels, GPU - CPU", np.mean(levels) * GREY_LEVELS, "{:.2f} grey levels", at_most=2)
 
 
 def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]:
-    """SSD300 learns 64 pictures by heart under mixed precision."""
+    """SSD300 learns 64 images by heart under mixed precision."""
     from ssd_fast.config import override_config
     from ssd_fast.train import train
 
@@ -420,7 +420,7 @@ def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]
     )
     start = time.perf_counter()
     outcome = train(recipe, data, output, resume=False)
-    yield _row("mAP on the 64 pictures learned", outcome.best_map, "{:.3f}", at_least=0.6)
+    yield _row("mAP on the 64 images learned", outcome.best_map, "{:.3f}", at_least=0.6)
     yield ("  which took", f"{time.perf_counter() - start:.1f} s", "")
 
 
@@ -452,7 +452,7 @@ def _profile(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     yield _row("  kernels that only convert layouts, a step", report.work.layout_kernels, "{:.0f}", at_most=0)
     yield _row("  values that the host reads, a step", len(report.work.host_reads), "{:.0f}", at_most=0)
     yield "  GPU busy", f"{report.work.gpu_busy:.1%}", ""
-    yield _row("evaluation of 5,000 pictures", 5_000 / evaluation.images_per_s, "{:.2f} s", at_most=3)
+    yield _row("evaluation of 5,000 images", 5_000 / evaluation.images_per_s, "{:.2f} s", at_most=3)
     yield "  " + report.findings[0].name, "", report.findings[0].sentence
     for setting in ("data.hw_decoder_load=0.0", "data.hw_decoder_load=0.5", "data.hw_decoder_load=1.0",
                     "data.prefetch_batches=4", "data.box_encoder=kernels"):  # fmt: skip
@@ -482,16 +482,16 @@ def _compare_with_peer(arguments: argparse.Namespace, scratch: Path) -> Iterator
 
 
 def _repeated(data: Path, target: Path, *, num_images: int) -> Path:
-    """A data folder whose validation part holds the pictures of another's again and again."""
+    """A data folder whose validation part holds the images of another's again and again."""
     if target.is_dir():
         return target
     content = json.loads((data / "annotations" / "instances_val2017.json").read_text())
-    pictures, boxes = content["images"], content["annotations"]
-    first = 1 + max(picture["id"] for picture in pictures)
-    copies = range(-(-num_images // len(pictures)))
-    content["images"] = [picture | {"id": picture["id"] + first * copy} for copy in copies for picture in pictures]
+    images, boxes = content["images"], content["annotations"]
+    first = 1 + max(image["id"] for image in images)
+    copies = range(-(-num_images // len(images)))
+    content["images"] = [image | {"id": image["id"] + first * copy} for copy in copies for image in images]
     del content["images"][num_images:]
-    kept = {picture["id"] for picture in content["images"]}
+    kept = {image["id"] for image in content["images"]}
     content["annotations"] = [
         box | {"id": number, "image_id": image_id}
         for number, (box, image_id) in enumerate(

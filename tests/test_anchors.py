@@ -36,11 +36,11 @@ def test_every_anchor_follows_the_published_rule_in_the_order_level_row_column_s
         for ratio in config.aspect_ratios[level]:
             sides.append((small * math.sqrt(ratio), small / math.sqrt(ratio)))
             sides.append((small / math.sqrt(ratio), small * math.sqrt(ratio)))
-        per_picture = 300 / config.anchor_steps[level]
+        per_image = 300 / config.anchor_steps[level]
         for row in range(grid_size):
             for column in range(grid_size):
                 for width, height in sides:
-                    box = ((column + 0.5) / per_picture, (row + 0.5) / per_picture, width, height)
+                    box = ((column + 0.5) / per_image, (row + 0.5) / per_image, width, height)
                     expected.append([min(max(value, 0), 1) for value in box])
     torch.testing.assert_close(model_anchors(config), torch.tensor(expected), rtol=0, atol=6e-8)
 

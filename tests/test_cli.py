@@ -69,25 +69,25 @@ def test_evaluation_after_training_and_by_command_agree(run: Run, checkpoint: Pa
     assert f"all | maxDets=100 ] = {best['map']:.3f}" in out
 
 
-def test_detect_writes_an_annotated_copy_of_every_picture_and_one_json(
+def test_detect_writes_an_annotated_copy_of_every_image_and_one_json(
     run: Run, checkpoint: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:
-    pictures = sorted((synthetic_set / "val2017").iterdir())[:3]
+    images = sorted((synthetic_set / "val2017").iterdir())[:3]
     rotated = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    with Image.open(pictures[0]) as picture:
-        width, height = picture.size
-        picture.save(rotated, exif=exif)
+    with Image.open(images[0]) as image:
+        width, height = image.size
+        image.save(rotated, exif=exif)
     output = tmp_path / "out"
     status, out, _ = run(
-        *("detect", "--checkpoint", checkpoint, "--output", output, "--drawn-score", "0.05", *pictures, rotated)
+        *("detect", "--checkpoint", checkpoint, "--output", output, "--drawn-score", "0.05", *images, rotated)
     )
     assert status == 0
-    (count, seconds, rate) = re.findall(r"^(\d+) pictures in ([\d.]+) s, ([\d.]+) a second \(", out, re.MULTILINE)[0]
+    (count, seconds, rate) = re.findall(r"^(\d+) images in ([\d.]+) s, ([\d.]+) a second \(", out, re.MULTILINE)[0]
     assert (count, float(rate)) == ("4", pytest.approx(4 / float(seconds), rel=1e-3))
     results = json.loads((output / "detections.json").read_text())
-    assert [Path(result["file"]).name for result in results] == [*(path.name for path in pictures), "rotated.jpg"]
+    assert [Path(result["file"]).name for result in results] == [*(path.name for path in images), "rotated.jpg"]
     assert (results[0]["width"], results[0]["height"]) == (width, height)
     assert (results[3]["width"], results[3]["height"]) == (height, width)
     annotations = json.loads((synthetic_set / "annotations" / "instances_val2017.json").read_text())
@@ -99,18 +99,18 @@ def test_detect_writes_an_annotated_copy_of_every_picture_and_one_json(
         scores = [detection["score"] for detection in result["detections"]]
         assert scores == sorted(scores, reverse=True)
         assert {detection["category"] for detection in result["detections"]} <= names
-    with Image.open(output / results[0]["annotated"]) as copy, Image.open(pictures[0]) as original:
+    with Image.open(output / results[0]["annotated"]) as copy, Image.open(images[0]) as original:
         drawn = np.abs(np.asarray(copy, int) - np.asarray(original.convert("RGB"), int)).max()
     assert drawn > 100
 
 
-def test_pictures_of_the_same_name_get_copies_of_their_own(
+def test_images_of_the_same_name_get_copies_of_their_own(
     run: Run, checkpoint: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:
-    picture = min((synthetic_set / "val2017").iterdir())
+    image = min((synthetic_set / "val2017").iterdir())
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "same.jpg").write_bytes(picture.read_bytes())
+        (tmp_path / folder / "same.jpg").write_bytes(image.read_bytes())
     status, _, _ = run(
         "detect", "--checkpoint", checkpoint, "--output", tmp_path / "out", tmp_path / "a", tmp_path / "b"
     )
@@ -132,7 +132,7 @@ def test_set_changes_the_checkpoints_own_recipe(
 def test_synthesize_makes_a_set_and_refuses_to_overwrite_it(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("synthesize", tmp_path / "data", "--images", "5", "--seed", "3")
     assert status == 0
-    assert "5 pictures" in out
+    assert "5 images" in out
     assert len(list((tmp_path / "data" / "train2017").iterdir())) == 4
     status, _, err = run("synthesize", tmp_path / "data", "--images", "5")
     assert status == 1
@@ -168,7 +168,7 @@ def test_a_set_without_boxes_cannot_be_trained_on(run: Run, synthetic_set: Path,
     subprocess.run(["cp", "-r", str(synthetic_set), str(data)], check=True)
     annotations = data / "annotations" / "instances_train2017.json"
     annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
-    assert "no picture has a box to learn from" in failing_train(run, data, tmp_path / "run")
+    assert "no image has a box to learn from" in failing_train(run, data, tmp_path / "run")
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(run: Run, synthetic_set: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_an_unwritable_output_folder_is_refused(run: Run, synthetic_set: Path) -
     )
 
 
-def test_a_bad_picture_ends_the_run_or_is_left_out_as_the_recipe_says(
+def test_a_bad_image_ends_the_run_or_is_left_out_as_the_recipe_says(
     run: Run, synthetic_set: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -199,8 +199,8 @@ def test_a_bad_picture_ends_the_run_or_is_left_out_as_the_recipe_says(
         tmp_path / "ok",
         resume=False,
     )
-    assert "63 pictures" in (tmp_path / "ok" / "train.log").read_text()
-    assert "1 bad pictures left out" in (tmp_path / "ok" / "train.log").read_text()
+    assert "63 images" in (tmp_path / "ok" / "train.log").read_text()
+    assert "1 bad images left out" in (tmp_path / "ok" / "train.log").read_text()
 
 
 def test_a_checkpoint_of_another_model_is_refused(run: Run, checkpoint: Path, synthetic_set: Path) -> None:
@@ -253,8 +253,8 @@ def test_weights_of_the_mlperf_reference_serve_with_a_recipe_and_class_names(
     torch.save({"model": to_reference_layout(load_checkpoint(checkpoint).model, boxes_per_cell=4)}, weights)
     status, found, _ = run("evaluate", "--checkpoint", weights, "--data", synthetic_set, "--config", recipe)
     assert (status, found) == (0, expected)
-    picture = min((synthetic_set / "val2017").iterdir())
-    detect = ("detect", "--checkpoint", weights, "--output", tmp_path / "out", picture, "--config", recipe)
+    image = min((synthetic_set / "val2017").iterdir())
+    detect = ("detect", "--checkpoint", weights, "--output", tmp_path / "out", image, "--config", recipe)
     status, _, err = run(*detect)
     assert status == 1
     assert "weights.pth: holds weights only: expected" in err

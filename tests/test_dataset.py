@@ -1,4 +1,4 @@
-"""Annotations and pictures: what is read, what is left out, what is refused and how."""
+"""Annotations and images: what is read, what is left out, what is refused and how."""
 
 import json
 import logging
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssd_fast.dataset import Category, DataError, find_pictures, load_coco
+from ssd_fast.dataset import Category, DataError, find_images, load_coco
 
 Edit = Callable[[dict[str, Any]], None]
 
 
 def make_set(folder: Path) -> dict[str, Any]:
-    """Two pictures, 60 x 40 and 30 x 50, with three boxes; returns the annotations, which are not written yet."""
+    """Two images, 60 x 40 and 30 x 50, with three boxes; returns the annotations, which are not written yet."""
     for image_id, size in ((7, (60, 40)), (5, (30, 50))):
         Image.new("RGB", size, (90, 120, 150)).save(folder / f"{image_id}.jpg")
     return {
@@ -65,7 +65,7 @@ def test_chosen_classes_give_the_labels_and_their_order(tmp_path: Path) -> None:
         load(tmp_path, make_set(tmp_path), classes=["kite", "boat"])
 
 
-def test_pictures_without_boxes_are_kept(tmp_path: Path) -> None:
+def test_images_without_boxes_are_kept(tmp_path: Path) -> None:
     instances = make_set(tmp_path)
     instances["annotations"] = []
     assert load(tmp_path, instances).images.offsets.tolist() == [0, 0, 0]
@@ -112,7 +112,7 @@ def test_boxes_without_area_end_the_run_or_are_left_out_with_a_count(
 ) -> None:
     instances = make_set(tmp_path)
     instances["annotations"][1]["bbox"] = bbox
-    with pytest.raises(DataError, match=r"instances\.json: image 7: box .* has no area inside its picture of 60 x 40"):
+    with pytest.raises(DataError, match=r"instances\.json: image 7: box .* has no area inside its image of 60 x 40"):
         load(tmp_path, instances, bad_boxes="error")
     with caplog.at_level(logging.WARNING):
         images = load(tmp_path, instances, bad_boxes="skip").images
@@ -130,12 +130,12 @@ def save_noise(path: Path, mode: str, format: str) -> None:
     Image.fromarray(pixels.squeeze() if len(mode) == 1 else pixels, mode=mode).save(path, format=format)
 
 
-BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: path.unlink(), "no such picture"),
-    "empty": (lambda path: path.write_bytes(b""), "not a picture: expected an 8-bit JPEG or PNG"),
-    "text": (lambda path: path.write_text("this is no picture at all"), "not a picture"),
+BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: path.unlink(), "no such image"),
+    "empty": (lambda path: path.write_bytes(b""), "not an image: expected an 8-bit JPEG or PNG"),
+    "text": (lambda path: path.write_text("this is no image at all"), "not an image"),
     "truncated": (truncate, "cannot be decoded: .*truncated"),
-    "gif": (lambda path: save_noise(path, "L", "GIF"), "not a picture: expected an 8-bit JPEG or PNG"),
+    "gif": (lambda path: save_noise(path, "L", "GIF"), "not an image: expected an 8-bit JPEG or PNG"),
     "16-bit": (
         lambda path: Image.fromarray(np.full((40, 60), 40000, dtype=np.uint16)).save(path, format="PNG"),
         "more than 8 bits a channel",
@@ -144,12 +144,12 @@ BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_PICTURES)
-def test_a_bad_picture_ends_the_run_or_is_left_out_with_a_count(
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_a_bad_image_ends_the_run_or_is_left_out_with_a_count(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     instances = make_set(tmp_path)
-    damage, message = BAD_PICTURES[kind]
+    damage, message = BAD_IMAGES[kind]
     damage(tmp_path / "7.jpg")
     with pytest.raises(DataError, match=rf"7\.jpg: .*{message}.*data\.bad_images = \"skip\" would leave"):
         load(tmp_path, instances, bad_images="error")
@@ -158,20 +158,20 @@ def test_a_bad_picture_ends_the_run_or_is_left_out_with_a_count(
     assert images.file_names == ("5.jpg",)
     assert images.boxes_ltrb.tolist() == [[1, 2, 11, 22]]
     assert images.offsets.tolist() == [0, 1]
-    assert "left out 1 pictures" in caplog.text
+    assert "left out 1 images" in caplog.text
     assert "7.jpg" in caplog.text
 
 
-def test_a_set_without_any_usable_picture_is_refused(tmp_path: Path) -> None:
+def test_a_set_without_any_usable_image_is_refused(tmp_path: Path) -> None:
     instances = make_set(tmp_path)
     for name in ("5.jpg", "7.jpg"):
         (tmp_path / name).unlink()
-    with pytest.raises(DataError, match="none of its 2 pictures can be used"):
+    with pytest.raises(DataError, match="none of its 2 images can be used"):
         load(tmp_path, instances, bad_images="skip")
 
 
 @pytest.mark.parametrize(("mode", "format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("RGB", "PNG")])
-def test_other_kinds_of_pictures_are_accepted(tmp_path: Path, mode: str, format: str) -> None:
+def test_other_kinds_of_images_are_accepted(tmp_path: Path, mode: str, format: str) -> None:
     instances = make_set(tmp_path)
     save_noise(tmp_path / "7.jpg", {"RGBA": "RGBA"}.get(mode, mode), format)
     assert len(load(tmp_path, instances).images.file_names) == 2
@@ -185,13 +185,13 @@ def test_data_after_the_end_of_a_jpeg_does_no_harm(tmp_path: Path) -> None:
 
 
 def save_rotated(path: Path) -> None:
-    """A picture stored as 60 x 40 that viewers show as 40 x 60."""
+    """An image stored as 60 x 40 that viewers show as 40 x 60."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(path, exif=exif)
 
 
-def test_boxes_of_an_exif_rotated_picture_must_refer_to_the_stored_pixels(tmp_path: Path) -> None:
+def test_boxes_of_an_exif_rotated_image_must_refer_to_the_stored_pixels(tmp_path: Path) -> None:
     instances = make_set(tmp_path)
     save_rotated(tmp_path / "7.jpg")
     assert load(tmp_path, instances).images.sizes_hw[0].tolist() == [40, 60]
@@ -200,11 +200,11 @@ def test_boxes_of_an_exif_rotated_picture_must_refer_to_the_stored_pixels(tmp_pa
         load(tmp_path, instances)
 
 
-def test_found_pictures_have_the_size_that_viewers_show(tmp_path: Path) -> None:
+def test_found_images_have_the_size_that_viewers_show(tmp_path: Path) -> None:
     save_rotated(tmp_path / "a.jpg")
     Image.new("RGB", (60, 40)).save(tmp_path / "b.PNG")
     (tmp_path / "notes.txt").write_text("not taken from a folder")
-    images = find_pictures([tmp_path], bad_images="error")
+    images = find_images([tmp_path], bad_images="error")
     assert [Path(name).name for name in images.file_names] == ["a.jpg", "b.PNG"]
     assert images.sizes_hw.tolist() == [[60, 40], [40, 60]]
 
@@ -215,7 +215,7 @@ def test_a_pattern_finds_the_files_that_match_it_and_a_name_that_looks_like_one_
         Image.new("RGB", (60, 40)).save(tmp_path / name)
 
     def names(pattern: str) -> list[str]:
-        found = find_pictures([tmp_path / pattern], bad_images="error")
+        found = find_images([tmp_path / pattern], bad_images="error")
         return [str(Path(name).relative_to(tmp_path.resolve())) for name in found.file_names]
 
     assert names("b?.jpg") == ["b1.jpg", "b2.jpg"]
@@ -227,16 +227,16 @@ def test_a_pattern_finds_the_files_that_match_it_and_a_name_that_looks_like_one_
         names("d*.jpg")
 
 
-def test_paths_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:
+def test_paths_that_hold_no_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jpg: no such file or folder"):
-        find_pictures([tmp_path / "nowhere.jpg"], bad_images="error")
-    with pytest.raises(DataError, match="a folder without pictures"):
-        find_pictures([tmp_path], bad_images="error")
+        find_images([tmp_path / "nowhere.jpg"], bad_images="error")
+    with pytest.raises(DataError, match="a folder without images"):
+        find_images([tmp_path], bad_images="error")
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"bad\.jpg: not a picture"):
-        find_pictures([tmp_path], bad_images="error")
-    with pytest.raises(DataError, match="no usable picture"):
-        find_pictures([tmp_path], bad_images="skip")
+    with pytest.raises(DataError, match=r"bad\.jpg: not an image"):
+        find_images([tmp_path], bad_images="error")
+    with pytest.raises(DataError, match="no usable image"):
+        find_images([tmp_path], bad_images="skip")
 
 
 def test_real_photographs_load_completely(coco_ccby: Path) -> None:

@@ -30,7 +30,7 @@ needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="Horovod is not installed (make horovod)"
 )
 WORKER = [sys.executable, str(REPOSITORY / "tests" / "distributed_worker.py")]
-STEPS = 16  # two epochs of eight: two ranks with four pictures each of 64
+STEPS = 16  # two epochs of eight: two ranks with four images each of 64
 TIMEOUT_S = 30
 FAIL = f"""
 import os, signal, sys, time

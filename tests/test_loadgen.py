@@ -74,7 +74,7 @@ def test_every_scenario_is_valid_by_its_own_figures(run: Run, tmp_path: Path, sc
     figures = loadgen.read_figures(tmp_path / "mlperf_log_detail.txt")
     assert figures["effective_samples_per_query"] == {"Offline": 220, "MultiStream": 8}.get(scenario, 1)
     samples = figures["result_query_count"] * figures["effective_samples_per_query"]
-    assert table["pictures"].split()[0] == str(samples)
+    assert table["images"].split()[0] == str(samples)
     metric, unit, figure = {
         "Offline": ("throughput", 1, figures.get("result_samples_per_second")),
         "SingleStream": ("p90 of the latency", 1e6, figures.get("result_90.00_percentile_latency_ns")),
@@ -123,7 +123,7 @@ def test_settings_are_those_of_the_last_round_with_this_detector() -> None:
 
 @pytest.fixture(scope="module")
 def shuffled_set(synthetic_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The synthetic set with its pictures and its categories in another order than that of their ids."""
+    """The synthetic set with its images and its categories in another order than that of their ids."""
     directory = tmp_path_factory.mktemp("loadgen") / "data"
     (directory / "annotations").mkdir(parents=True)
     (directory / "val2017").symlink_to(synthetic_set / "val2017")
@@ -232,16 +232,16 @@ def test_a_log_that_is_not_whole_or_mixed_up_is_refused(synthetic_set: Path, tmp
     log.write_text(json.dumps(entries))
     assert len(loadgen.read_accuracy_log(log, coco_set).scores) == 0
     log.write_text(json.dumps(entries[1:]))
-    with pytest.raises(DataError, match=r"log\.json: holds 15 pictures: expected each of the 16"):
+    with pytest.raises(DataError, match=r"log\.json: holds 15 images: expected each of the 16"):
         loadgen.read_accuracy_log(log, coco_set)
     entries[3]["data"] = np.array([5, 0, 0, 1, 1, 0.5, 1], np.float32).tobytes().hex()
     log.write_text(json.dumps(entries))
-    with pytest.raises(DataError, match="qsl_idx 3 has rows of another picture"):
+    with pytest.raises(DataError, match="qsl_idx 3 has rows of another image"):
         loadgen.read_accuracy_log(log, coco_set)
 
 
 class Library:
-    """Pictures that hold nothing but their position."""
+    """Images that hold nothing but their position."""
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.tensor(indices, dtype=torch.float32).view(-1, 1, 1, 1)
@@ -251,7 +251,7 @@ class Library:
 
 
 class Finder:
-    """Finds one box in picture n, of score n / 1000 and label 1, and waits while it is told to."""
+    """Finds one box in image n, of score n / 1000 and label 1, and waits while it is told to."""
 
     def __init__(self) -> None:
         self.anchors_cxcywh = torch.zeros(1, 4)
@@ -371,14 +371,14 @@ def test_an_error_while_serving_ends_the_run_with_its_message(tmp_path: Path) ->
     assert ended.stderr.splitlines()[-1] == "RuntimeError: the device is gone"
 
 
-def test_a_damaged_picture_ends_the_run_with_its_name(synthetic_set: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_ends_the_run_with_its_name(synthetic_set: Path, weights: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "val2017").mkdir(parents=True)
     (data / "annotations").symlink_to(synthetic_set / "annotations")
-    for picture in (synthetic_set / "val2017").iterdir():
-        content = picture.read_bytes()
+    for image in (synthetic_set / "val2017").iterdir():
+        content = image.read_bytes()
         start = content.index(b"\xff\xda")
-        (data / "val2017" / picture.name).write_bytes(content[:start] + b"\xff\xd9")
+        (data / "val2017" / image.name).write_bytes(content[:start] + b"\xff\xd9")
     ended = run_apart(
         "from ssd_fast.__main__ import main; main()",
         *("--config", DEMO, "--checkpoint", weights, "--data", data, "--scenario", "SingleStream"),
@@ -407,11 +407,11 @@ def test_bad_calls_are_refused(run: Run, tmp_path: Path, options: list, message:
     assert not (tmp_path / "logs").exists()
 
 
-def test_pictures_left_out_would_shift_the_log(synthetic_set: Path, tmp_path: Path) -> None:
+def test_images_left_out_would_shift_the_log(synthetic_set: Path, tmp_path: Path) -> None:
     coco_set = load_set(synthetic_set)._replace(num_left_out_images=1)
     config = tiny_config(SHORT)
     detector = make_random_detector(config, NUMBERED_CATEGORIES, torch.device("cpu"))
-    with pytest.raises(DataError, match="1 of its pictures are left out"):
+    with pytest.raises(DataError, match="1 of its images are left out"):
         loadgen.run(
             detector,
             config,

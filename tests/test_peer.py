@@ -50,7 +50,7 @@ def make_peer(dtype: torch.dtype = torch.float32) -> tuple[PeerTrainer, SSD, Ten
 
 
 def make_batch(seed: int, boxes_per_image: tuple[int, ...]) -> PeerBatch:
-    """One box in a quarter of the picture, at least half as high and wide: no two anchors can overlap it equally."""
+    """One box in a quarter of the image, at least half as high and wide: no two anchors can overlap it equally."""
     generator = torch.Generator().manual_seed(seed)
     boxes_ltrb, labels = [], []
     for count in boxes_per_image:
@@ -68,7 +68,7 @@ def labelled_images(directory: Path) -> LabelledImages:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_loss_of_one_picture_and_its_gradients_are_ours(seed: int) -> None:
+def test_loss_of_one_image_and_its_gradients_are_ours(seed: int) -> None:
     peer, model, anchors_cxcywh = make_peer()
     batch = make_batch(seed, (4,))
     peer_loss = peer.loss(batch)
@@ -89,7 +89,7 @@ def test_loss_of_one_picture_and_its_gradients_are_ours(seed: int) -> None:
 
 def test_loss_of_a_batch_is_divided_by_its_positives_together() -> None:
     peer, model, anchors_cxcywh = make_peer()
-    batch = make_batch(7, (3, 0, 4))  # one of the pictures has lost its boxes
+    batch = make_batch(7, (3, 0, 4))  # one of the images has lost its boxes
     offsets = torch.tensor([0, 3, 3, 7])
     targets = kernels.encode_boxes(torch.cat(batch.boxes_ltrb) / SIZE, torch.cat(batch.labels), offsets, anchors_cxcywh)
     predictions = model(batch.images)
@@ -110,7 +110,7 @@ def test_peer_learns_a_batch(dtype: torch.dtype) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_dataset_gives_augmented_pictures_with_their_boxes(synthetic_set: Path) -> None:
+def test_dataset_gives_augmented_images_with_their_boxes(synthetic_set: Path) -> None:
     images = labelled_images(synthetic_set)
     torch.manual_seed(0)
     dataset = PeerDataset(images, tiny_config().augmentation, SIZE)
@@ -130,7 +130,7 @@ def test_dataset_gives_augmented_pictures_with_their_boxes(synthetic_set: Path) 
     assert set(labels.tolist()) == set(range(1, int(images.labels.max()) + 1))
 
 
-def test_boxes_follow_their_pictures(synthetic_set: Path) -> None:
+def test_boxes_follow_their_images(synthetic_set: Path) -> None:
     images = labelled_images(synthetic_set)
     still = [f"augmentation.{key}=[1.0, 1.0]" for key in ("brightness", "contrast", "saturation")]
     still += ["augmentation.hue_degrees=0.0", "augmentation.crop_min_ious=[]"]
@@ -187,7 +187,7 @@ def test_command_prints_three_ratios_and_writes_every_turn(synthetic_set: Path, 
     command += ["--steps", "1", "--input-steps", "2", "--rounds", "1", "--json", json_file]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "float32; 2 pictures of 64 x 64" in result.stdout
+    assert "float32; 2 images of 64 x 64" in result.stdout
     number = r"[\d.e+]+"
     cell = rf"({number}) \({number} - {number}\)"
     found = re.findall(rf"^(\w+ \w+) +{cell} +{cell} +{cell}$", result.stdout, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The input pipelines: what is in a batch, in which order, after which changes, and what happens to bad pictures."""
+"""The input pipelines: what is in a batch, in which order, after which changes, and what happens to bad images."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from torchvision.transforms import functional as F
 import kernels
 from dali_pipelines.batch import LabelledImages, TrainBatch
 from dali_pipelines.evaluate import EvalLoader
-from dali_pipelines.loader import PictureError
+from dali_pipelines.loader import ImageError
 from dali_pipelines.synthetic import SyntheticEvalLoader, SyntheticTrainLoader
 from dali_pipelines.train import Augmentation, Encode, TrainLoader, _ragged
 from kernels.reference import cxcywh_to_ltrb, decode_deltas, encode_boxes, iou_matrix
@@ -70,7 +70,7 @@ both_encoders = pytest.mark.parametrize("encode", [None, OWN_ENCODER], ids=["dal
 
 
 class Item(NamedTuple):
-    """A picture of a set: its file, its size and its boxes [G, 5] (ltrb in pixels, label)."""
+    """An image of a set: its file, its size and its boxes [G, 5] (ltrb in pixels, label)."""
 
     name: str
     size_hw: tuple[int, int]
@@ -137,13 +137,13 @@ def equal(one: TrainBatch, other: TrainBatch) -> bool:
 
 
 def resized_by_pillow(path: Path, size: int) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), dtype=np.float64)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), dtype=np.float64)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
-    """23 small noise pictures of different sizes with one to three boxes each; four more have none."""
+    """23 small noise images of different sizes with one to three boxes each; four more have none."""
     folder = tmp_path_factory.mktemp("small")
     random = np.random.default_rng(0)
     items = []
@@ -159,16 +159,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
 
 @pytest.fixture(scope="module")
 def ramp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture of 256 x 256 whose red is the column and whose green is the row: it tells where a crop was."""
+    """An image of 256 x 256 whose red is the column and whose green is the row: it tells where a crop was."""
     folder = tmp_path_factory.mktemp("ramp")
     column, row = np.meshgrid(np.arange(256), np.arange(256))
-    picture = Image.fromarray(np.stack([column, row, 0 * row], axis=-1).astype(np.uint8))
-    picture.save(folder / "ramp.jpg", quality=98, subsampling=0)
+    image = Image.fromarray(np.stack([column, row, 0 * row], axis=-1).astype(np.uint8))
+    image.save(folder / "ramp.jpg", quality=98, subsampling=0)
     return folder
 
 
 def crops_of_ramp(images: torch.Tensor) -> np.ndarray:
-    """[B, 4] ltrb fractions of the crop that each output picture shows."""
+    """[B, 4] ltrb fractions of the crop that each output image shows."""
     levels = pixels(images)
     size = levels.shape[1]
     inner = slice(2, size - 2)  # the filter bends the ramp at the border
@@ -303,9 +303,9 @@ def test_a_set_smaller_than_a_batch_trains_and_one_smaller_than_the_world_is_ref
     batch = next(loader.epoch())
     assert len(batch.images) == 3
     assert not torch.equal(batch.images[0], batch.images[1])
-    with pytest.raises(ValueError, match="1 pictures with boxes: expected at least one for each of 2 ranks"):
+    with pytest.raises(ValueError, match="1 images with boxes: expected at least one for each of 2 ranks"):
         train_loader(image_set(small.image_dir, [item]), world_size=2)
-    with pytest.raises(ValueError, match="0 pictures with boxes"):
+    with pytest.raises(ValueError, match="0 images with boxes"):
         train_loader(image_set(small.image_dir, [item._replace(boxes=[])]))
 
 
@@ -396,10 +396,10 @@ def test_state_of_other_data_or_arguments_is_refused(small: LabelledImages) -> N
             train_loader(small, state=garbage)
 
 
-# ---- pictures against Pillow ----
+# ---- images against Pillow ----
 
 
-def test_unchanged_training_pictures_and_evaluation_pictures_equal_pillows(coco_ccby: Path) -> None:
+def test_unchanged_training_images_and_evaluation_images_equal_pillows(coco_ccby: Path) -> None:
     annotations = coco_ccby / "annotations" / "instances_val2017.json"
     images = load_coco(annotations, coco_ccby / "val2017").images
     paths = dict(zip(images.image_ids.tolist(), images.file_names, strict=True))
@@ -415,39 +415,39 @@ def test_unchanged_training_pictures_and_evaluation_pictures_equal_pillows(coco_
     assert compared >= 2 * len(images.file_names) - 1
 
 
-def odd_picture(path: Path) -> None:
-    """Saves the picture that the file's name asks for."""
+def odd_image(path: Path) -> None:
+    """Saves the image that the file's name asks for."""
     random = np.random.default_rng(3)
     colours = random.integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    picture = Image.fromarray(colours).resize((96, 64), Image.Resampling.BICUBIC)
+    image = Image.fromarray(colours).resize((96, 64), Image.Resampling.BICUBIC)
     rotated = Image.Exif()
     rotated[0x0112] = 6
     match path.stem:
         case "grey":
-            picture.convert("L").save(path)
+            image.convert("L").save(path)
         case "cmyk":
-            picture.convert("CMYK").save(path)
+            image.convert("CMYK").save(path)
         case "progressive":
-            picture.save(path, progressive=True)
+            image.save(path, progressive=True)
         case "palette":
-            picture.convert("P", palette=Image.Palette.ADAPTIVE).save(path)
+            image.convert("P", palette=Image.Palette.ADAPTIVE).save(path)
         case "alpha":
-            picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-            picture.save(path)
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+            image.save(path)
         case "bilevel":
-            picture.convert("1").save(path)
+            image.convert("1").save(path)
         case "rotated":
-            picture.save(path, exif=rotated)
+            image.save(path, exif=rotated)
         case _:
-            picture.save(path)
+            image.save(path)
 
 
 GOOD = ("grey.jpg", "cmyk.jpg", "progressive.jpg", "rgb.png", "palette.png", "alpha.png", "bilevel.png", "grey.png")
 
 
-def test_every_kind_of_picture_is_decoded_as_pillow_does(tmp_path: Path) -> None:
+def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path) -> None:
     for name in (*GOOD, "rotated.jpg"):
-        odd_picture(tmp_path / name)
+        odd_image(tmp_path / name)
     images = image_set(tmp_path, [Item(name, (64, 96), [[8, 8, 60, 60, 1]]) for name in (*GOOD, "rotated.jpg")])
     names = dict(zip(images.image_ids.tolist(), images.file_names, strict=True))
     training = train_loader(images, UNCHANGED, batch_size=9)
@@ -461,7 +461,7 @@ def test_every_kind_of_picture_is_decoded_as_pillow_does(tmp_path: Path) -> None
 
 
 def test_orientation_is_applied_only_where_asked(tmp_path: Path) -> None:
-    odd_picture(tmp_path / "rotated.jpg")
+    odd_image(tmp_path / "rotated.jpg")
     stored = resized_by_pillow(tmp_path / "rotated.jpg", 32)
     images = image_set(tmp_path, [Item("rotated.jpg", (96, 64), [])])
     upright = next(iter(eval_loader(images, apply_orientation=True)))
@@ -485,23 +485,23 @@ def truncated(data: bytes) -> bytes:
         ("missing.jpg", None),
     ],
 )
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path, name: str, damage: Any) -> None:
+def test_a_image_that_cannot_be_decoded_is_named(tmp_path: Path, name: str, damage: Any) -> None:
     for number in range(6):
-        odd_picture(tmp_path / f"{number}.jpg")
-    odd_picture(tmp_path / name)
+        odd_image(tmp_path / f"{number}.jpg")
+    odd_image(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).unlink()
     if damage is not None:
         (tmp_path / name).write_bytes(damage(data))
     names = ["0.jpg", "1.jpg", "2.jpg", "3.jpg", name, "4.jpg", "5.jpg"]
     images = image_set(tmp_path, [Item(name, (64, 96), [[8, 8, 60, 60, 1]]) for name in names])
-    with pytest.raises(PictureError, match=name):
+    with pytest.raises(ImageError, match=name):
         list(eval_loader(images, batch_size=2))
-    with pytest.raises(PictureError, match=name):
+    with pytest.raises(ImageError, match=name):
         list(train_loader(images, UNCHANGED, batch_size=2).epoch())
 
 
-def test_a_picture_too_small_to_crop_is_named_and_the_smallest_allowed_works(tmp_path: Path) -> None:
+def test_a_image_too_small_to_crop_is_named_and_the_smallest_allowed_works(tmp_path: Path) -> None:
     for side in (3, 4):
         Image.new("RGB", (50, side), "blue").save(tmp_path / f"{side}.png")
     sets = {side: image_set(tmp_path, [Item(f"{side}.png", (side, 50), [[0, 0, 50, side, 1]])] * 64) for side in (3, 4)}
@@ -516,7 +516,7 @@ def test_a_picture_too_small_to_crop_is_named_and_the_smallest_allowed_works(tmp
 
 @pytest.mark.parametrize(("side", "num_possible"), [(0.97, 6), (0.89, 5), (0.77, 4), (0.62, 3), (0.45, 2), (0.31, 1)])
 def test_the_seven_crop_options_are_equally_likely(ramp: Path, side: float, num_possible: int) -> None:
-    """Every crop has one size, so that num_possible of the six conditions hold for a box that covers the picture."""
+    """Every crop has one size, so that num_possible of the six conditions hold for a box that covers the image."""
     images = image_set(ramp, [Item("ramp.jpg", (256, 256), [[0, 0, 256, 256, 1]])] * 4000)
     augmentation = SSD_CROP._replace(crop_sides=(side, side))
     loader = train_loader(images, augmentation, batch_size=250, image_size=8)
@@ -593,9 +593,9 @@ def test_decoded_boxes_land_on_the_objects(tmp_path: Path, encode: Encode | None
         width, height = (int(side) for side in random.integers(300, 500, 2))
         left, top = (int(edge) for edge in random.integers(10, 120, 2))
         right, bottom = left + int(random.integers(60, 170)), top + int(random.integers(60, 170))
-        picture = Image.new("RGB", (width, height), (30, 25, 40))
-        picture.paste((200, 190, 170), (left, top, right, bottom))
-        picture.save(tmp_path / f"{number}.png")
+        image = Image.new("RGB", (width, height), (30, 25, 40))
+        image.paste((200, 190, 170), (left, top, right, bottom))
+        image.save(tmp_path / f"{number}.png")
         items += [Item(f"{number}.png", (height, width), [[left, top, right, bottom, 1 + number % 3]])] * 8
     loader = train_loader(image_set(tmp_path, items), encode=encode, image_size=128, batch_size=32)
     flips = 0
@@ -613,7 +613,7 @@ def test_decoded_boxes_land_on_the_objects(tmp_path: Path, encode: Encode | None
     assert flips > 10
 
 
-def test_a_flip_mirrors_pictures_and_boxes(small: LabelledImages) -> None:
+def test_a_flip_mirrors_images_and_boxes(small: LabelledImages) -> None:
     straight, flipped = train_loader(small, UNCHANGED), train_loader(small, UNCHANGED._replace(flip_probability=1.0))
     for (ids, one), (other_ids, other) in zip(batches(straight, 6), batches(flipped, 6), strict=True):
         assert ids == other_ids
@@ -627,7 +627,7 @@ def test_a_flip_mirrors_pictures_and_boxes(small: LabelledImages) -> None:
             assert distances.min(dim=1).values.max() < 1e-5
 
 
-def test_half_of_the_pictures_are_flipped(ramp: Path) -> None:
+def test_half_of_the_images_are_flipped(ramp: Path) -> None:
     images = image_set(ramp, [Item("ramp.jpg", (256, 256), [[0, 0, 200, 200, 1]])] * 800)
     loader = train_loader(images, UNCHANGED._replace(flip_probability=0.5), batch_size=200, image_size=8)
     levels = np.concatenate([pixels(batch.images) for batch in loader.epoch()])
@@ -742,11 +742,11 @@ def test_boxes_that_a_crop_leaves_without_area_are_dropped_before_encoding() -> 
 
 
 def test_the_recipe_names_the_encoder_and_auto_is_ours_on_the_cpu(synthetic_set: Path) -> None:
-    pictures = load_coco(synthetic_set / "annotations" / "instances_train2017.json", synthetic_set / "train2017")
+    images = load_coco(synthetic_set / "annotations" / "instances_train2017.json", synthetic_set / "train2017")
     states = {}
     for setting in ("auto", "dali", "kernels"):
         config = tiny_config([f"data.box_encoder={setting}"])
-        with make_train_loader(config, pictures, model_anchors(config.model), CPU, World()) as loader:
+        with make_train_loader(config, images, model_anchors(config.model), CPU, World()) as loader:
             states[setting] = loader.state().partition(b"\n")[0]
     assert b'"box encoder": "dali"' in states["dali"]
     assert b'"box encoder": "kernels"' in states["kernels"]
@@ -769,7 +769,7 @@ def test_in_training_ties_fall_as_in_the_mlperf_reference() -> None:
 
 
 @both_encoders
-def test_a_box_beyond_the_picture_by_a_rounding_error_is_accepted(tmp_path: Path, encode: Encode | None) -> None:
+def test_a_box_beyond_the_image_by_a_rounding_error_is_accepted(tmp_path: Path, encode: Encode | None) -> None:
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     images = image_set(tmp_path, [Item("a.png", (480, 640), [[20, 30, 640.0005, 480.0005, 1]])])
     assert (images.boxes_ltrb[0, 2:] > [640, 480]).all()

@@ -28,7 +28,7 @@ from ssd_fast.step import OPTIMIZER, STEP_PARTS, Trainer
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none with twice the pictures: on a busy machine these may differ by more than what a test plants."""
+    """And none with twice the images: on a busy machine these may differ by more than what a test plants."""
     monkeypatch.setattr(profile, "_ROUNDS", 1)
     monkeypatch.setattr(profile, "_INPUT_TURNS", 1)
     monkeypatch.setattr(profile, "_LONGEST_DOUBLED_S", 0.0)
@@ -123,7 +123,7 @@ def test_the_parts_of_the_input_are_those_of_pipelines_that_end_early(synthetic_
     assert report.findings[0].sentence.startswith("Bound by the input")
 
 
-def test_evaluation_scores_the_pictures_that_it_measures(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_scores_the_images_that_it_measures(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = []
 
     def score(annotations: Path, *_: Any, **__: Any) -> None:

@@ -238,8 +238,8 @@ def test_log_file_is_appended_to(tmp_path: Path) -> None:
 def test_other_packages_are_heard_from_warnings_on(log_lines: Callable[[], list[str]]) -> None:
     logging.getLogger("PIL").info("chatter")
     logging.getLogger("PIL").warning("a truncated file")
-    logging.getLogger("dali_pipelines").info("a picture was left out")
-    assert undated(log_lines()) == ["warning: a truncated file", "a picture was left out"]
+    logging.getLogger("dali_pipelines").info("an image was left out")
+    assert undated(log_lines()) == ["warning: a truncated file", "an image was left out"]
 
 
 def test_unwritable_log_file_is_an_error_that_names_it(tmp_path: Path) -> None:

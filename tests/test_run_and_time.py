@@ -71,7 +71,7 @@ def test_what_is_printed_adds_up_and_percentiles_are_those_of_batches() -> None:
 
 def test_the_line_of_a_folder_adds_up() -> None:
     line = format_line({"preparing": [0.004], "model": [0.204, 0.212], "drawing": [0.1049]}, num_images=3)
-    assert line == "3 pictures in 0.52 s, 5.769 a second (model 0.42, drawing 0.10)"
+    assert line == "3 images in 0.52 s, 5.769 a second (model 0.42, drawing 0.10)"
 
 
 def printed_seconds(report: str) -> dict[str, float]:
@@ -146,7 +146,7 @@ def test_errors_have_a_status_of_their_own(folder: Path, tmp_path: Path) -> None
     assert "TARGET (default: 0.20)" in run_script(folder, "--help").stdout
 
 
-def test_pictures_without_annotations_are_left_out_only_when_asked(synthetic_set: Path, tmp_path: Path) -> None:
+def test_images_without_annotations_are_left_out_only_when_asked(synthetic_set: Path, tmp_path: Path) -> None:
     annotations = shutil.copy(synthetic_set / "annotations" / "instances_val2017.json", tmp_path)
     content = json.loads(Path(annotations).read_text())
     bare, crowded = (image["id"] for image in content["images"][:2])

@@ -174,7 +174,7 @@ def test_more_gpus_never_make_a_step_shorter() -> None:
 @pytest.mark.parametrize(
     ("term", "changes"),
     [
-        ("few pictures", {"batch_independent_s": 0.5}),
+        ("few images", {"batch_independent_s": 0.5}),
         ("bandwidth", {"network_bytes_per_s": 1e8}),
         ("latency", {"network_latency_s": 0.1}),
         ("agreement", {"message_s": 0.01}),
@@ -205,7 +205,7 @@ def test_figures_are_replaced_by_name() -> None:
             change_cluster(C4140, [change])
 
 
-def test_runs_are_gpus_times_pictures() -> None:
+def test_runs_are_gpus_times_images() -> None:
     assert parse_run("64x24") == (64, 24)
     for text in ("64", "64x", "x24", "0x24", "64x0", "64x-2", "64x24x2"):
         with pytest.raises(ValueError, match=f"--run {text}: expected"):

@@ -23,7 +23,7 @@ from ssd_fast.profile_model import read_profile
 
 SCRIPT = REPOSITORY / "run.slurm"
 RANKS = ("-N2", "-n4")  # two nodes with two each
-STEPS = 8  # two epochs of four: 64 pictures, a global batch of 16
+STEPS = 8  # two epochs of four: 64 images, a global batch of 16
 START_S, RUN_S = 120, 240  # of waiting, at most: other tests may keep the cores busy
 
 # In the place of Python: says what a task is and got; with WAIT it then waits for a TERM, and says that it has saved.

@@ -23,9 +23,9 @@ STRIDE_3 = ("model.image_size=192", "model.head_stride=3", "model.anchor_steps=[
 
 def test_anchors_are_those_of_the_mlperf_reference() -> None:
     expected = []
-    grids, cells_per_picture = (50, 25, 13, 7, 3, 3), (50, 25, 13, 7, 3, 3)  # the reference's 1200 // step
+    grids, cells_per_image = (50, 25, 13, 7, 3, 3), (50, 25, 13, 7, 3, 3)  # the reference's 1200 // step
     scales = [4 * scale for scale in (21, 45, 99, 153, 207, 261, 315)]
-    for level, (grid, cells) in enumerate(zip(grids, cells_per_picture, strict=True)):
+    for level, (grid, cells) in enumerate(zip(grids, cells_per_image, strict=True)):
         small, large = scales[level] / 1200, scales[level + 1] / 1200
         shapes = [(small, small), (math.sqrt(small * large),) * 2]
         for ratio in [2, 3] if 1 <= level <= 3 else [2]:
@@ -47,7 +47,7 @@ def test_fine_tuning_is_of_the_benchmarks_network() -> None:
     assert benchmark.grid_sizes() == (50, 25, 13, 7, 3, 3)
 
 
-def test_a_detector_of_small_pictures_goes_on_at_large_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_detector_of_small_images_goes_on_at_large_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     synthesize(tmp_path / "data", num_images=10, seed=0)
     torch.manual_seed(0)
     small = SSD(tiny_config().model, num_classes=len(KINDS))

@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from ssd_fast import synthesize as module
-from ssd_fast.synthesize import KINDS, Picture, annotate, make_picture, synthesize
+from ssd_fast.synthesize import KINDS, SyntheticImage, annotate, make_image, synthesize
 
 SMALL, LARGE = 32**2, 96**2
 
@@ -23,13 +23,13 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    return [make_picture(11, number) for number in range(1, 201)]
+def synthetic_images() -> list[SyntheticImage]:
+    return [make_image(11, number) for number in range(1, 201)]
 
 
 @pytest.fixture(scope="module")
-def annotations(pictures: list[Picture]) -> list[list[dict[str, Any]]]:
-    return [annotate(picture, number) for number, picture in enumerate(pictures, 1)]
+def annotations(synthetic_images: list[SyntheticImage]) -> list[list[dict[str, Any]]]:
+    return [annotate(synthetic, number) for number, synthetic in enumerate(synthetic_images, 1)]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -44,10 +44,10 @@ def test_set_has_coco_layout_and_loads_with_pycocotools(small_set: Path, split: 
     images = coco.loadImgs(coco.getImgIds())
     assert {i["file_name"] for i in images} == {f.name for f in (small_set / split).iterdir()}
     for image in images:
-        with Image.open(small_set / split / image["file_name"]) as picture:
-            picture.load()
-            assert picture.format == "JPEG"
-            assert picture.size == (image["width"], image["height"])
+        with Image.open(small_set / split / image["file_name"]) as stored:
+            stored.load()
+            assert stored.format == "JPEG"
+            assert stored.size == (image["width"], image["height"])
     assert {a["image_id"] for a in coco.anns.values()} <= {i["id"] for i in images}
     assert {a["category_id"] for a in coco.anns.values()} <= set(coco.getCatIds())
 
@@ -76,31 +76,31 @@ def test_same_seed_gives_the_same_bytes_and_a_smaller_set_is_a_part_of_a_larger_
     assert jpegs.items() <= whole.items()
 
 
-def test_pictures_differ_between_seeds_and_between_numbers() -> None:
-    seen = {make_picture(seed, number).image.tobytes() for seed in (0, 1) for number in (1, 2, 3)}
+def test_images_differ_between_seeds_and_between_numbers() -> None:
+    seen = {make_image(seed, number).image.tobytes() for seed in (0, 1) for number in (1, 2, 3)}
     assert len(seen) == 6
 
 
-def test_smallest_set_has_one_picture_in_each_split(tmp_path: Path) -> None:
+def test_smallest_set_has_one_image_in_each_split(tmp_path: Path) -> None:
     synthesize(tmp_path / "set", num_images=2, seed=0)
     for split in ("train2017", "val2017"):
         assert len(list((tmp_path / "set" / split).iterdir())) == 1
         assert len(json.loads((tmp_path / "set/annotations" / f"instances_{split}.json").read_text())["images"]) == 1
 
 
-def test_boxes_lie_inside_the_picture_and_bound_the_visible_part(
-    pictures: list[Picture], annotations: list[list[dict[str, Any]]]
+def test_boxes_lie_inside_the_image_and_bound_the_visible_part(
+    synthetic_images: list[SyntheticImage], annotations: list[list[dict[str, Any]]]
 ) -> None:
-    for picture, entries in zip(pictures, annotations, strict=True):
-        width, height = picture.image.size
-        assert picture.owners.shape == (height, width)
-        assert len(entries) == len(picture.things)
+    for synthetic, entries in zip(synthetic_images, annotations, strict=True):
+        width, height = synthetic.image.size
+        assert synthetic.owners.shape == (height, width)
+        assert len(entries) == len(synthetic.things)
         for index, entry in enumerate(entries):
             left, top, w, h = (int(n) for n in entry["bbox"])
             assert [left, top, w, h] == entry["bbox"]
             assert 0 <= left < left + w <= width
             assert 0 <= top < top + h <= height
-            mask = picture.owners == index + 1
+            mask = synthetic.owners == index + 1
             inside = mask[top : top + h, left : left + w]
             assert 0 < entry["area"] == mask.sum() == inside.sum() <= w * h
             assert all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
@@ -109,30 +109,30 @@ def test_boxes_lie_inside_the_picture_and_bound_the_visible_part(
 def test_the_last_object_is_painted_exactly_within_its_box() -> None:
     checked = 0
     for number in range(1, 60):
-        picture = make_picture(5, number)
-        if not picture.things:
+        synthetic = make_image(5, number)
+        if not synthetic.things:
             continue
         checked += 1
-        width, height = picture.image.size
+        width, height = synthetic.image.size
         canvas = np.full((height, width, 3), 7, np.float32)
-        for figure in picture.things[-1]:
+        for figure in synthetic.things[-1]:
             module._paint(canvas, figure)
         rows, columns = np.nonzero(canvas[..., 0] < 4)
-        left, top, w, h = annotate(picture, number)[-1]["bbox"]
+        left, top, w, h = annotate(synthetic, number)[-1]["bbox"]
         assert (columns.min(), rows.min()) == (left, top)
         assert (columns.max() + 1, rows.max() + 1) == (left + w, top + h)
     assert checked > 40
 
 
-def test_every_object_shows_a_fair_part_of_itself(pictures: list[Picture]) -> None:
-    for picture in pictures:
-        for index, thing in enumerate(picture.things):
-            whole = module._claim(np.zeros_like(picture.owners), thing, 1)
-            assert (picture.owners == index + 1).sum() >= module.MIN_VISIBLE * whole
+def test_every_object_shows_a_fair_part_of_itself(synthetic_images: list[SyntheticImage]) -> None:
+    for synthetic in synthetic_images:
+        for index, thing in enumerate(synthetic.things):
+            whole = module._claim(np.zeros_like(synthetic.owners), thing, 1)
+            assert (synthetic.owners == index + 1).sum() >= module.MIN_VISIBLE * whole
 
 
-def test_200_pictures_hold_every_class_size_range_and_difficulty(
-    pictures: list[Picture], annotations: list[list[dict[str, Any]]]
+def test_200_images_hold_every_class_size_range_and_difficulty(
+    synthetic_images: list[SyntheticImage], annotations: list[list[dict[str, Any]]]
 ) -> None:
     everything = [entry for entries in annotations for entry in entries]
     objects = [entry for entry in everything if not entry["iscrowd"]]
@@ -144,39 +144,39 @@ def test_200_pictures_hold_every_class_size_range_and_difficulty(
     assert 0.03 < (areas > LARGE).mean() < 0.25
     assert 3 <= len(everything) - len(objects) <= 30, "crowds"
     counts = Counter(len(entries) for entries in annotations)
-    assert 5 <= counts[0] <= 40, "pictures without objects"
+    assert 5 <= counts[0] <= 40, "images without objects"
     assert max(counts) >= 6
-    modes = Counter(picture.image.mode for picture in pictures)
+    modes = Counter(synthetic.image.mode for synthetic in synthetic_images)
     assert modes["L"] >= 1
     assert modes["RGB"] > 180
-    ratios = [picture.image.width / picture.image.height for picture in pictures]
+    ratios = [synthetic.image.width / synthetic.image.height for synthetic in synthetic_images]
     assert min(ratios) < 0.7
     assert max(ratios) > 1.4
-    assert len({picture.quality for picture in pictures}) > 10
+    assert len({synthetic.quality for synthetic in synthetic_images}) > 10
 
 
-def test_a_good_share_of_objects_is_hidden_in_part_or_cut_by_the_edge(pictures: list[Picture]) -> None:
+def test_a_good_share_of_objects_is_hidden_in_part_or_cut_by_the_edge(synthetic_images: list[SyntheticImage]) -> None:
     hidden = cut = total = 0
-    for picture in pictures:
-        for index, thing in enumerate(picture.things):
-            alone = np.zeros_like(picture.owners)
+    for synthetic in synthetic_images:
+        for index, thing in enumerate(synthetic.things):
+            alone = np.zeros_like(synthetic.owners)
             whole = module._claim(alone, thing, 1)
             total += 1
-            hidden += (picture.owners == index + 1).sum() < alone.sum()
+            hidden += (synthetic.owners == index + 1).sum() < alone.sum()
             cut += len(thing) == 1 and alone.sum() < whole
     assert 0.15 < hidden / total < 0.6
     assert 0.15 < cut / total < 0.6
 
 
-def test_colour_alone_tells_no_class(pictures: list[Picture]) -> None:
+def test_colour_alone_tells_no_class(synthetic_images: list[SyntheticImage]) -> None:
     """The figures of every class have the same mean colour, a middle grey."""
-    figures = [figure for picture in pictures for thing in picture.things for figure in thing]
+    figures = [figure for synthetic in synthetic_images for thing in synthetic.things for figure in thing]
     for kind in KINDS:
         mean = np.mean([figure.colours for figure in figures if figure.kind is kind], (0, 1))
         assert mean == pytest.approx(0.5, abs=0.08)
 
 
-def test_progress_counts_every_picture(tmp_path: Path) -> None:
+def test_progress_counts_every_image(tmp_path: Path) -> None:
     counts: list[int] = []
     synthesize(tmp_path / "set", num_images=6, seed=0, on_progress=counts.append)
     assert counts == [1, 2, 3, 4, 5, 6]

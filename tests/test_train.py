@@ -62,13 +62,13 @@ def during_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[
         yield
 
 
-def test_a_run_leaves_its_records_and_pictures(finished: Path) -> None:
+def test_a_run_leaves_its_records_and_images(finished: Path) -> None:
     left = {path.name for path in finished.iterdir()}
     assert left >= {"config.toml", "train.log", "metrics.jsonl", "tensorboard", "mlperf.log", "checkpoints"}
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {BEST, f"step_{STEPS:09d}.pt"}
     for name in ("curves.png", "detections.png", "precision_recall.png"):
-        with Image.open(finished / name) as picture:
-            assert min(picture.size) >= 300
+        with Image.open(finished / name) as image:
+            assert min(image.size) >= 300
     records = read_metrics(finished / "metrics.jsonl")
     assert [(record["step"], record["epoch"]) for record in records if record["kind"] == "eval"] == [(8, 1), (16, 2)]
     train_records = [record for record in records if record["kind"] == "train"]

@@ -51,13 +51,13 @@ def test_a_box_is_drawn_on_its_edge_and_nowhere_else() -> None:
     assert label_columns.max() < 250
 
 
-def test_the_picture_given_stays_as_it_was() -> None:
+def test_the_image_given_stays_as_it_was() -> None:
     image = plain(100, 100)
     draw(image, boxes([10, 10, 50, 50]), ["class 1"])
     assert (np.array(image) == GREY).all()
 
 
-def test_no_detections_give_the_picture_itself() -> None:
+def test_no_detections_give_the_image_itself() -> None:
     assert (draw(plain(100, 80), boxes(), [], []) == GREY).all()
 
 
@@ -87,7 +87,7 @@ def test_the_better_of_two_equal_boxes_is_on_top() -> None:
         assert (pixels[300, 100] == colour(top)).all()
 
 
-def test_lines_and_letters_grow_with_the_picture() -> None:
+def test_lines_and_letters_grow_with_the_image() -> None:
     def covered(side: int) -> float:
         box = [side * 0.3, side * 0.3, side * 0.7, side * 0.7]
         return float((draw(plain(side, side), boxes(box), ["class 1"], [0.5]) != GREY).any(axis=2).mean())
@@ -109,7 +109,7 @@ def test_colours_of_the_first_classes_are_told_apart() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_labels_lie_inside_the_picture(data: st.DataObject) -> None:
+def test_labels_lie_inside_the_image(data: st.DataObject) -> None:
     width, height = (data.draw(st.integers(1, 300)) for _ in "wh")
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = left, top, data.draw(st.integers(left, width - 1)), data.draw(st.integers(top, height - 1))
@@ -136,7 +136,7 @@ def test_a_label_avoids_those_of_better_detections_and_gives_way_in_a_crowd() ->
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (24, 24)])
-def test_tiny_pictures_can_be_drawn_on(size: tuple[int, int]) -> None:
+def test_tiny_images_can_be_drawn_on(size: tuple[int, int]) -> None:
     pixels = draw(plain(*size), boxes([0, 0, *size]), ["a class of a very long name"], [0.5])
     assert pixels.shape == (size[1], size[0], 3)
     assert (pixels != GREY).any()
@@ -180,7 +180,7 @@ def test_a_grid_shows_truths_dashed_and_detections_solid_at_their_scaled_places(
     assert (sheet[top + 40 : top + 160, left + 240] == colour("class 2")).all()
 
 
-def test_grids_of_any_number_and_shape_of_pictures_have_room(tmp_path: Path) -> None:
+def test_grids_of_any_number_and_shape_of_images_have_room(tmp_path: Path) -> None:
     sizes = []
     for num in (1, 4, 5):
         cells = [make_cell(((30, 200), (200, 30))[n % 2], caption="a long caption " * 20) for n in range(num)]
@@ -277,11 +277,11 @@ def test_of_a_step_recorded_twice_the_last_counts_and_order_does_not_matter() ->
     ],
     ids=["none", "one step", "evaluation only", "no ground truth", "not finite", "unknown kind"],
 )
-def test_few_records_still_give_a_picture(records: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_few_records_still_give_a_image(records: list[dict[str, Any]], tmp_path: Path) -> None:
     plot_curves(write_lines(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        picture.load()
-        assert (picture.format, picture.size) == ("PNG", (900, 900))
+    with Image.open(tmp_path / "curves.png") as image:
+        image.load()
+        assert (image.format, image.size) == ("PNG", (900, 900))
 
 
 def test_a_single_step_is_visible() -> None:
@@ -338,9 +338,9 @@ def test_classes_without_ground_truth_are_left_out_of_precision_recall(tmp_path:
     figure = visualize._precision_recall_figure(precision, ["a", "b", "c"])
     assert legend_of(figure) == ["mean of 2  0.495", "c  0.743", "a  0.248"]
     plot_precision_recall(np.full((101, 2), -1.0), ["a", "b"], tmp_path / "pr.png")
-    with Image.open(tmp_path / "pr.png") as picture:
-        picture.load()
-        assert (picture.format, picture.size) == ("PNG", (900, 600))
+    with Image.open(tmp_path / "pr.png") as image:
+        image.load()
+        assert (image.format, image.size) == ("PNG", (900, 600))
 
 
 def test_precision_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_plots_leave_the_settings_of_matplotlib_alone(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
-def test_failed_write_keeps_the_old_picture_and_leaves_nothing_else(
+def test_failed_write_keeps_the_old_image_and_leaves_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "grid.png"

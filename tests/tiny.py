@@ -29,7 +29,7 @@ TINY = (
     "augmentation.crop_sides=[0.3, 1.0]",
     "optimizer.learning_rate=0.04",
 )
-"""Overrides of configs/demo.toml: 8 steps an epoch on the 64 training pictures of the synthetic set."""
+"""Overrides of configs/demo.toml: 8 steps an epoch on the 64 training images of the synthetic set."""
 
 
 def tiny_config(overrides: Sequence[str] = ()) -> Config:
