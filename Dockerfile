@@ -22,7 +22,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 WORKDIR /opt/ssd_fast
-RUN python tests/image_check.py inference
+RUN python tools/image_check.py inference
 # where users of the benchmark mount coco and pretrained
 WORKDIR /mlperf
 RUN ln -s /opt/ssd_fast/configs /opt/ssd_fast/run_and_time.sh .

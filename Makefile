@@ -64,7 +64,7 @@ sanitize: install
 	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=print_stacktrace=1
 	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$preload"
 	$(BIN)/python -c 'import kernels; assert "SANITIZE" in kernels.cuda_build(), f"{kernels.__file__} is not sanitized"'
-	$(BIN)/pytest -n auto --capture=sys -p no:faulthandler tests/test_operators.py -k "not compiled_by_torch"
+	$(BIN)/pytest -n auto --capture=sys -p no:faulthandler tests/kernels/test_operators.py -k "not compiled_by_torch"
 
 lint: install
 	@$(BIN)/ruff check .
@@ -73,7 +73,7 @@ lint: install
 
 # Needs an NVIDIA GPU: builds, checks and measures everything that needs one, and prints a table.
 gpu-check: install
-	@$(BIN)/python tests/gpu_check.py
+	@$(BIN)/python tools/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build output kernels/_C*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

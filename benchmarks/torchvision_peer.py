@@ -33,16 +33,15 @@ from torchvision_training import (
 )
 
 from dali_pipelines.synthetic import SyntheticTrainLoader
-from ssd_fast.anchors import model_anchors
 from ssd_fast.config import Config, load_config
-from ssd_fast.distributed import World, input_threads, launched_by_slurm, usable_cores
+from ssd_fast.data.loaders import load_sets, make_train_loader
+from ssd_fast.distributed.world import World, launched_by_slurm
 from ssd_fast.files import write_atomically
-from ssd_fast.inference import compute_dtype
-from ssd_fast.model import SSD
+from ssd_fast.hardware import compute_dtype, device_name, input_threads, usable_cores
+from ssd_fast.model.anchors import model_anchors
+from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
-from ssd_fast.step import Trainer
-from ssd_fast.timing import device_name
-from ssd_fast.train import load_sets, make_train_loader
+from ssd_fast.training.step import Trainer
 
 MEASURES = {"input": "input alone", "step": "step alone", "both": "both together"}
 UNTIMED_STEPS = 2
@@ -216,10 +215,11 @@ def run(
     setup_logging(None)
     device, cores = World().device(), usable_cores()
     images, size = recipe.training.batch_size, recipe.model.image_size
+    dtype = str(compute_dtype(recipe.training.precision, device)).removeprefix("torch.")
     environment = (
-        f"{device_name(device)}; {str(compute_dtype(recipe.training.precision, device)).removeprefix('torch.')}; "
-        f"{images} images of {size} x {size} a step; ours: {input_threads(recipe.data.num_threads)} threads, peer: "
-        f"{cores} workers; torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"{device_name(device, cores)}; {dtype}; "
+        f"{images} images of {size} x {size} a step; ours: {input_threads(recipe.data.num_threads, cores)} threads, "
+        f"peer: {cores} workers; torch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"torchvision {torchvision.__version__}; load {os.getloadavg()[0]:.1f}"
     )
     rows = []

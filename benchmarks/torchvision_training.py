@@ -19,9 +19,9 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from dali_pipelines.batch import LabelledImages
-from kernels.reference import cxcywh_to_ltrb
+from kernels.boxes import cxcywh_to_ltrb
 from ssd_fast.config import AugmentationConfig, OptimizerConfig
-from ssd_fast.model import SSD
+from ssd_fast.model.ssd import SSD
 
 PREFETCHED_PER_WORKER = 2  # batches; the DataLoader's default
 _BOXES_PER_IMAGE = 8  # of synthetic batches; COCO has 7.3

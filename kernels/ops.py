@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.reference import Detections, LossParts, Targets
+from kernels.types import Detections, LossParts, Targets
 
 
 def _load_library() -> None:

@@ -47,8 +47,8 @@ def train(
     """Train a detector; checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
-    from ssd_fast import distributed
-    from ssd_fast.train import train as train_run
+    from ssd_fast.distributed import world as distributed
+    from ssd_fast.training.run import train as train_run
 
     with distributed.connect(recipe.distributed) as world:
         outcome = train_run(recipe, data, output, resume=resume, world=world)
@@ -88,7 +88,12 @@ def evaluate(
     start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
 
-    from ssd_fast import coco_eval, dataset, distributed, inference, progress, timing
+    from ssd_fast import hardware, progress, timing
+    from ssd_fast.data import coco as dataset
+    from ssd_fast.data import loaders
+    from ssd_fast.distributed import world as distributed
+    from ssd_fast.evaluation import coco_eval
+    from ssd_fast.evaluation import detector as inference
 
     progress.setup_logging(None)
     with distributed.connect(given.distributed if given else DistributedConfig()) as world:
@@ -104,7 +109,7 @@ def evaluate(
             bad_images=recipe.data.bad_images,
             bad_boxes=recipe.data.bad_boxes,
         )
-        loader = inference.make_eval_loader(recipe, val_set.images, device, world=world)
+        loader = loaders.make_eval_loader(recipe, val_set.images, device, world=world)
         timeline = timing.Timeline(device, start_s)
         timeline.settle("load")
         batches = progress.track(loader, "evaluating", total=len(loader))
@@ -119,7 +124,8 @@ def evaluate(
         coco_eval.write_results(table, output)
     if with_timing:
         size = recipe.model.image_size
-        print(f"{timing.device_name(device)}, {str(detector.dtype).removeprefix('torch.')}, {size} x {size} pixels")
+        name, dtype = hardware.device_name(device, world.cores), str(detector.dtype).removeprefix("torch.")
+        print(f"{name}, {dtype}, {size} x {size} pixels")
         report = timing.format_report(
             timeline.parts(), num_images=len(val_set.images.file_names), batch_size=recipe.evaluation.batch_size
         )
@@ -149,8 +155,11 @@ def detect(
     """Detect objects on images: annotated copies and one JSON file."""
     given = load_config(config, overrides or ()) if config else None
 
-    from ssd_fast import dataset, distributed, inference, progress, timing
-    from ssd_fast.detect import detect_images
+    from ssd_fast import progress, timing
+    from ssd_fast.data import coco as dataset
+    from ssd_fast.distributed import world as distributed
+    from ssd_fast.evaluation import detector as inference
+    from ssd_fast.evaluation.predict import detect_images
 
     progress.setup_logging(None)
     device = distributed.World().device()
@@ -185,8 +194,10 @@ def export(
 
     import torch
 
-    from ssd_fast import dataset, files, inference
-    from ssd_fast.export import check_onnx, to_onnx
+    from ssd_fast import files
+    from ssd_fast.data import coco as dataset
+    from ssd_fast.evaluation import detector as inference
+    from ssd_fast.evaluation.export import check_onnx, to_onnx
 
     categories = dataset.read_categories(annotations) if annotations else None
     detector, _ = inference.load_detector(
@@ -269,7 +280,11 @@ def _profile_training(
     checkpoint: Path | None,
     seconds: float,
 ) -> None:
-    from ssd_fast import distributed, files, profile, profile_model, profile_report, progress
+    from ssd_fast import files, progress
+    from ssd_fast.distributed import world as distributed
+    from ssd_fast.profiling import profile as profile_model
+    from ssd_fast.profiling import profiler as profile
+    from ssd_fast.profiling import report as profile_report
 
     progress.setup_logging(None)
     earlier = [profile_model.read_profile(path) for path in compare]
@@ -303,7 +318,9 @@ def _profile_training(
 
 
 def _profile_kernels(recipes: list[Config], batch_size: int | None, repeats: int, output: Path | None) -> None:
-    from ssd_fast import distributed, files, kernel_profile
+    from ssd_fast import files
+    from ssd_fast.distributed import world as distributed
+    from ssd_fast.profiling import operators as kernel_profile
 
     environment, measured = kernel_profile.profile_kernels(
         recipes, distributed.World().device(), batch_size=batch_size, repeats=repeats
@@ -336,7 +353,7 @@ def scaling(
     ] = None,
 ) -> None:
     """Estimate what many GPUs reach, and which term limits them, from gradients measured in a small run."""
-    from ssd_fast import scaling as model
+    from ssd_fast.profiling import scaling as model
 
     if cluster not in model.CLUSTERS:
         raise ValueError(f"--cluster {cluster}: expected one of {', '.join(model.CLUSTERS)}")
@@ -388,7 +405,12 @@ def benchmark(
         raise ValueError("--find-load: expected --scenario Server without --accuracy")
     given = load_config(config, overrides or ()) if config else None
 
-    from ssd_fast import coco_eval, dataset, distributed, inference, loadgen, progress
+    from ssd_fast import progress
+    from ssd_fast.data import coco as dataset
+    from ssd_fast.distributed import world as distributed
+    from ssd_fast.evaluation import coco_eval
+    from ssd_fast.evaluation import detector as inference
+    from ssd_fast.loadgen import run as loadgen
 
     progress.setup_logging(None)
     device = distributed.World().device()
@@ -432,7 +454,7 @@ def synthesize(
 ) -> None:
     """Make a COCO-format data set of textured shapes, to try everything without COCO."""
     from ssd_fast import progress
-    from ssd_fast.synthesize import synthesize as make
+    from ssd_fast.data.synthesize import synthesize as make
 
     progress.setup_logging(None)
     shown = progress.track(range(images), "making images")

@@ -1,7 +1,8 @@
-"""What the hardware can do at most, measured, and how much of it a process uses."""
+"""Facts about the machine: its name, cores and number formats, its measured peak rates, the memory a process uses."""
 
 import ctypes
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,39 @@ import torch
 
 _COPIED_BYTES = 2**28
 _REPEATS, _WARM_UP = 12, 2
+
+
+def device_name(device: torch.device, cores: int) -> str:
+    """Name of a GPU, or of a CPU with the number of its cores that are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in cpu_info if line.startswith("model name")), None)
+    return f"{model or platform.machine()}, {cores} cores"
+
+
+def usable_cores(processes: int = 1) -> int:
+    """CPU cores for this process: those it is bound to, or its share where `processes` of a node are bound to none."""
+    cores = len(os.sched_getaffinity(0))
+    return cores if cores < (os.cpu_count() or 1) else max(1, cores // processes)
+
+
+def input_threads(num_threads: int, cores: int) -> int:
+    """Threads of an input pipeline for data.num_threads; for 0 the cores and one more.
+
+    DALI computes one operator after another, and at the end of each a core would wait for the last image.
+    """
+    return num_threads or cores + 1
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that a device computes in under the configuration's training.precision."""
+    named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision != "auto":
+        return named[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def copy_rate(device: torch.device) -> float:

@@ -1,18 +1,15 @@
 """Where the time of a command goes: parts that follow each other without gaps, on the clock of what computes."""
 
-import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
-from ssd_fast.distributed import usable_cores
+from ssd_fast.parts import DECODING, MODEL, PREPROCESSING
 
-PREPROCESSING, MODEL, DECODING = "pre-processing", "model", "decoding and NMS"
 _OF_A_BATCH = (PREPROCESSING, MODEL, DECODING)
 _PERCENTILES = (50, 90, 99)
 
@@ -28,8 +25,8 @@ class Interval(NamedTuple):
     end_s: float
 
 
-class Untimed:
-    """What a timeline can be asked for, where nobody wants to know."""
+class NullTimeline:
+    """A timeline that records nothing."""
 
     def region(self, part: str) -> AbstractContextManager[None]:
         """What the device does within it is a part."""
@@ -40,10 +37,10 @@ class Untimed:
         return iter(batches)
 
 
-UNTIMED = Untimed()
+NULL_TIMELINE = NullTimeline()
 
 
-class Timeline(Untimed):
+class Timeline(NullTimeline):
     """Divides the time since a moment into parts.
 
     Regions are timed on the device that computes: on a GPU by events on its stream, which `settle` reads, so that the
@@ -160,12 +157,3 @@ def format_line(parts: Mapping[str, Sequence[float]], *, num_images: int) -> str
 def _percentiles(seconds: Sequence[float] | np.ndarray) -> str:
     values = np.percentile(1e3 * np.asarray(seconds), _PERCENTILES, method="inverted_cdf")
     return "".join(f"{value:>10.2f}" for value in values)
-
-
-def device_name(device: torch.device) -> str:
-    """What people call the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in cpu_info if line.startswith("model name")), None)
-    return f"{model or platform.machine()}, {usable_cores()} cores"

@@ -4,11 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 
 # Tests are small and run side by side; set before torch is imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,7 @@ def coco_ccby() -> Path:
 @pytest.fixture(scope="session")
 def synthetic_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic COCO-format folder: 64 training and 16 validation images."""
-    from ssd_fast.synthesize import synthesize
+    from ssd_fast.data.synthesize import synthesize
 
     directory = tmp_path_factory.mktemp("synthetic") / "data"
     synthesize(directory, num_images=80, seed=0)

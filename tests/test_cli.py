@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from PIL import Image
+from repository import REPOSITORY
 from tiny import TINY, tiny_config
 
 from ssd_fast.__main__ import main
-from ssd_fast.checkpoint import load_checkpoint
-from ssd_fast.coco_eval import format_scores, read_results, score
-from ssd_fast.train import train
+from ssd_fast.checkpoints.checkpoint import load_checkpoint
+from ssd_fast.evaluation.coco_eval import format_scores, read_results, score
+from ssd_fast.training.run import train
 
 SSD300 = str(REPOSITORY / "configs" / "ssd300.toml")
 Run = Callable[..., tuple[int, str, str]]

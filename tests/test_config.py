@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from ssd_fast.config import ConfigError, dump_toml, load_config, override_config
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 from rich.console import Console
 
 from ssd_fast.progress import Progress, setup_logging, track
@@ -274,7 +275,7 @@ with Progress(epochs=1) as progress:
 
 @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1"}])
 def test_stderr_of_a_job_is_the_log_file_and_stdout_is_left_alone(tmp_path: Path, variables: dict[str, str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **variables}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
@@ -286,7 +287,7 @@ def test_stderr_of_a_job_is_the_log_file_and_stdout_is_left_alone(tmp_path: Path
 
 def test_terminal_shows_messages_and_the_display_instead_of_step_lines(tmp_path: Path) -> None:
     master, slave = os.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "TERM": "xterm", "COLUMNS": "80"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "80"}
     command = [sys.executable, "-c", SCRIPT]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=slave) as process:
         os.close(slave)

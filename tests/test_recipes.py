@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from ssd_fast.config import Config, load_config
 

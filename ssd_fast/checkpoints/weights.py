@@ -1,0 +1,240 @@
+"""Weights from elsewhere: torchvision backbones, MLPerf reference checkpoints, detectors of other classes."""
+
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from ssd_fast.checkpoints.pickled_module import read_pickled_module
+from ssd_fast.model.ssd import SSD
+
+Source = Path | Mapping[str, Any]
+
+# our prefix -> that of the MLPerf reference
+_REFERENCE_PREFIXES = {
+    "backbone.conv1.": "model.layer1.0.",
+    "backbone.bn1.": "model.layer1.1.",
+    "backbone.layer1.": "model.layer1.4.",
+    "backbone.layer2.": "model.layer1.5.",
+    "backbone.layer3.": "model.layer2.0.",
+    "extras.": "additional_blocks.",
+    "box_heads.": "loc.",
+    "class_heads.": "conf.",
+}
+# what torch.load was seen to raise, besides its own errors, on files cut short and files with changed bytes
+_DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
+_HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)")
+
+
+def read_torch_file(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU; only tensors and plain containers are unpickled.
+
+    Of a whole nn.Module, its state dict.
+    Raises ValueError that names the file if it cannot be read, is damaged or is something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        try:
+            return read_pickled_module(path)
+        except (pickle.UnpicklingError, *_DAMAGED):
+            raise ValueError(
+                f"{path}: expected a file of torch.save that holds only tensors in plain containers, or a module; "
+                f"torch says: {str(error).splitlines()[0]}"
+            ) from None
+    except _DAMAGED as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: damaged, or not a file of torch.save: {reason}") from None
+
+
+def read_state_dict(source: Source) -> dict[str, Tensor]:
+    """The tensors of a state dict, by name.
+
+    source: a file of torch.save, or what it holds: a state dict, or a dict that has one under the key "model". The
+    prefix "module." is removed if all names have it.
+    Nothing but tensors and plain containers is unpickled.
+    Raises ValueError for a file that cannot be read or holds something else.
+    """
+    where = str(source) if isinstance(source, Path) else "state dict"
+    state = read_torch_file(source) if isinstance(source, Path) else source
+    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
+        state = state["model"]
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f'{where}: expected a state dict, or one under the key "model"; found {_describe(state)}')
+    foreign = [
+        f"{name!r}: {_describe(value)}"
+        for name, value in state.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if foreign:
+        raise ValueError(f"{where}: expected a tensor under every name; found {', '.join(foreign[:5])}")
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def layout_of(source: Source) -> Literal["ours", "reference"]:
+    """Whose names a state dict has: those of `SSD`, or those of the MLPerf reference.
+
+    Raises ValueError if neither, or both.
+    """
+    names = list(read_state_dict(source))
+    ours = any(name.startswith(tuple(_REFERENCE_PREFIXES)) for name in names)
+    reference = any(name.startswith(tuple(_REFERENCE_PREFIXES.values())) for name in names)
+    if ours == reference:
+        raise ValueError(
+            "expected the state dict of this detector (names like 'backbone.conv1.weight') or of the MLPerf reference "
+            f"('model.layer1.0.weight'); found the {'names of both' if ours else 'names ' + ', '.join(names[:3])}"
+        )
+    return "ours" if ours else "reference"
+
+
+def load_weights(model: SSD, source: Source) -> None:
+    """Fills the whole model from a state dict of either layout.
+
+    Raises ValueError that names every entry that is missing, unexpected, or of the wrong shape.
+    """
+    state = read_state_dict(source)
+    if layout_of(state) == "reference":
+        load_reference_weights(model, state)
+    else:
+        _fill(model, state)
+
+
+def load_reference_weights(model: SSD, source: Source) -> None:
+    """Fills the whole model from a state dict of the MLPerf reference (SSD300, or its sibling for 1200 pixels).
+
+    Their heads are class-major (channel = class x boxes per cell + box; coordinates likewise), ours are box-major.
+    Default boxes that were saved along are ignored: anchors follow from the configuration.
+    Raises ValueError that names every entry that is missing, unexpected, or of the wrong shape.
+    """
+    state = read_state_dict(source)
+    if layout_of(state) != "reference":
+        raise ValueError("expected a state dict of the MLPerf reference; found one of this detector")
+    _fill(model, _from_reference(model, state), reference_names=True)
+
+
+def load_for_finetuning(model: SSD, source: Source) -> list[str]:
+    """Fills the model from a detector of other classes; returns the heads that were left as they are, by name.
+
+    source: state dict of either layout. A head (such as "class_heads.0") of which the weight or the bias is missing or
+    of another shape is left as it is, both of them.
+    Raises ValueError that names everything else that is missing, unexpected, or of the wrong shape.
+    """
+    state = read_state_dict(source)
+    is_reference = layout_of(state) == "reference"
+    if is_reference:
+        state = _from_reference(model, state)
+    own = model.state_dict()
+    heads = {name: match["head"] for name in own if (match := _HEAD.fullmatch(name))}
+    left = {head for name, head in heads.items() if name not in state or state[name].shape != own[name].shape}
+    state |= {name: own[name] for name, head in heads.items() if head in left}
+    _fill(model, state, reference_names=is_reference)
+    return [name for name, _ in model.named_modules() if name in left]
+
+
+def load_backbone_weights(model: SSD, source: str) -> None:
+    """Fills the backbone as the configuration's key model.backbone_weights says.
+
+    source: "imagenet" for torchvision's IMAGENET1K_V1 weights, downloaded once into torch's cache; "none" to leave the
+    backbone as it is; else the path of a state dict of the same torchvision ResNet, with or without layer4 and fc.
+    Raises ValueError if the file cannot be had or read, or that names every entry that does not fit.
+    """
+    if source == "none":
+        return
+    path = _imagenet_file(model.config.backbone) if source == "imagenet" else Path(source)
+    state = read_state_dict(path)
+    try:
+        _fill(model.backbone, {name: state[name] for name in state if not name.startswith(("layer4.", "fc."))})
+    except ValueError as error:
+        raise ValueError(f"{path} is not of a {model.config.backbone}: {error}") from None
+
+
+def _imagenet_file(backbone: str) -> Path:
+    url = get_model_weights(backbone)["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.split("-")[-1], progress=False)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
+        raise ValueError(
+            f'model.backbone_weights = "imagenet": cannot download {url} to {path}: {error}. Without network: put that '
+            'file there, or set model.backbone_weights to its path, or to "none"'
+        ) from None
+    return path
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, list(value)[:5])) or '(none)'}"
+    return type(value).__name__
+
+
+def _own_name(reference_name: str) -> str:
+    for ours, theirs in _REFERENCE_PREFIXES.items():
+        if reference_name.startswith(theirs):
+            return ours + reference_name.removeprefix(theirs)
+    return reference_name
+
+
+def _reference_name(own_name: str) -> str:
+    for ours, theirs in _REFERENCE_PREFIXES.items():
+        if own_name.startswith(ours):
+            return theirs + own_name.removeprefix(ours)
+    return own_name
+
+
+def _from_reference(model: SSD, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's tensors under our names, heads made box-major; unknown names stay as they are."""
+    converted = {}
+    boxes_per_cell = dict(enumerate(model.config.anchors_per_cell()))
+    for reference_name, tensor in state.items():
+        if reference_name.rpartition(".")[2].startswith("dboxes"):
+            continue
+        name = _own_name(reference_name)
+        match = _HEAD.fullmatch(name)
+        converted[name] = _box_major(tensor, boxes_per_cell.get(int(match["level"]), 1)) if match else tensor
+    return converted
+
+
+def _box_major(tensor: Tensor, boxes_per_cell: int) -> Tensor:
+    """[values x boxes, ...] as [boxes x values, ...]; sizes that do not divide are left for `_fill` to refuse."""
+    if tensor.dim() == 0 or tensor.shape[0] % boxes_per_cell:
+        return tensor
+    return tensor.unflatten(0, (-1, boxes_per_cell)).transpose(0, 1).flatten(0, 1)
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], *, reference_names: bool = False) -> None:
+    """Loads everything or, with one ValueError that names all that does not fit, nothing.
+
+    num_batches_tracked may be missing: old versions of torch did not save it, and nothing here reads it.
+    reference_names: whether the message speaks of the entries by their names in the reference.
+    """
+    own = module.state_dict()
+    shown = {name: _reference_name(name) if reference_names else name for name in own | state}
+    problems = []
+    for name, tensor in own.items():
+        found = state.get(name)
+        if found is None:
+            if not name.endswith(".num_batches_tracked"):
+                problems.append(f"{shown[name]} is missing: expected {_form(tensor)}")
+        elif found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
+            problems.append(f"{shown[name]} is {_form(found)}: expected {_form(tensor)}")
+    problems += [f"{shown[name]} is unexpected: {_form(state[name])}" for name in state if name not in own]
+    if problems:
+        raise ValueError(f"{len(problems)} entries of the state dict do not fit:\n  " + "\n  ".join(problems))
+    module.load_state_dict(state, strict=False)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

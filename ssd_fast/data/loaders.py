@@ -1,0 +1,120 @@
+"""The sets of a recipe, and the loaders that training and evaluation take their batches from."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from dali_pipelines.batch import LabelledImages
+from dali_pipelines.evaluate import EvalLoader
+from dali_pipelines.train import Augmentation, Encode, TrainLoader
+from kernels.boxes import cxcywh_to_ltrb
+from ssd_fast.config import Config
+from ssd_fast.data.coco import CocoSet, DataError, load_coco
+from ssd_fast.distributed.world import World
+from ssd_fast.hardware import input_threads
+from ssd_fast.model.anchors import reference_order
+
+
+def load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:
+    """The training and the validation set; DataError when they do not go together."""
+    data = config.data
+    train_set = load_coco(
+        data_dir / data.train_annotations,
+        data_dir / data.train_images,
+        classes=data.classes,
+        with_crowds=data.train_on_crowds,
+        bad_images=data.bad_images,
+        bad_boxes=data.bad_boxes,
+    )
+    val_set = load_coco(
+        data_dir / data.val_annotations,
+        data_dir / data.val_images,
+        bad_images=data.bad_images,
+        bad_boxes=data.bad_boxes,
+    )
+    if len(train_set.images.boxes_ltrb) == 0:
+        raise DataError(f"{train_set.annotation_file}: no image has a box to learn from")
+    return train_set, val_set
+
+
+def make_train_loader(
+    config: Config,
+    coco_set: CocoSet,
+    anchors_cxcywh: Tensor,
+    device: torch.device,
+    world: World,
+    state: bytes | None = None,
+) -> TrainLoader:
+    """This rank's training batches of a set. state: of an earlier loader, to go on where that stood."""
+    return TrainLoader(**loader_arguments(config, coco_set, anchors_cxcywh, device, world), state=state)
+
+
+def loader_arguments(
+    config: Config, coco_set: CocoSet, anchors_cxcywh: Tensor, device: torch.device, world: World
+) -> dict[str, Any]:
+    """Those of TrainLoader, but for its state."""
+    return {
+        "images": coco_set.images,
+        "anchors_ltrb": cxcywh_to_ltrb(anchors_cxcywh).numpy(),
+        "encode": make_encode(config, anchors_cxcywh.to(device)),
+        "image_size": config.model.image_size,
+        "batch_size": config.training.batch_size,
+        "device": device,
+        "num_threads": input_threads(config.data.num_threads, world.cores),
+        "prefetch_batches": config.data.prefetch_batches,
+        "hw_decoder_load": config.data.hw_decoder_load,
+        "seed": config.training.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "augmentation": Augmentation(**config.augmentation.model_dump()),
+    }
+
+
+def make_encode(config: Config, anchors_cxcywh: Tensor) -> Encode | None:
+    """The operator that makes targets on the device of the anchors, or None for DALI's encoder."""
+    if box_encoder(config.data.box_encoder, anchors_cxcywh.device) == "dali":
+        return None
+    model = config.model
+    tie_ranks = reference_order(grid_sizes=model.grid_sizes(), anchors_per_cell=model.anchors_per_cell())
+    return partial(kernels.encode_boxes, anchors_cxcywh=anchors_cxcywh, tie_ranks=tie_ranks.to(anchors_cxcywh.device))
+
+
+def box_encoder(setting: str, device: torch.device) -> str:
+    """The encoder that data.box_encoder means on a device, "dali" or "kernels".
+
+    "auto" is the operator on a CPU: DALI's encoder takes ten times its time from the cores that decode images. On a
+    GPU it is DALI's, which runs ahead of the training step; there the two have not been compared yet.
+    """
+    if setting != "auto":
+        return setting
+    return "kernels" if device.type == "cpu" else "dali"
+
+
+def make_eval_loader(
+    config: Config,
+    images: LabelledImages,
+    device: torch.device,
+    *,
+    world: World | None = None,
+    apply_orientation: bool = False,
+) -> EvalLoader:
+    """A pass over images, in their order, or over this rank's share of them.
+
+    apply_orientation: whether EXIF rotation is applied; a data set's boxes refer to the stored pixels, without it.
+    """
+    world = world or World()
+    return EvalLoader(
+        images=images,
+        image_size=config.model.image_size,
+        batch_size=config.evaluation.batch_size,
+        device=device,
+        num_threads=input_threads(config.data.num_threads, world.cores),
+        prefetch_batches=config.data.prefetch_batches,
+        rank=world.rank,
+        world_size=world.size,
+        apply_orientation=apply_orientation,
+    )

@@ -1,0 +1,193 @@
+"""From images to detections: one image's worth, a whole data set's, or a folder's."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from dali_pipelines.batch import EvalBatch
+from ssd_fast.checkpoints.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
+from ssd_fast.checkpoints.weights import load_weights, read_torch_file
+from ssd_fast.config import Config, DetectionConfig, override_config
+from ssd_fast.data.coco import Category, CocoSet, DataError
+from ssd_fast.distributed.world import World
+from ssd_fast.evaluation.coco_eval import DetectionTable
+from ssd_fast.hardware import compute_dtype
+from ssd_fast.model.anchors import model_anchors
+from ssd_fast.model.ssd import SSD, on_device
+from ssd_fast.parts import DECODING, MODEL, PREPROCESSING
+from ssd_fast.timing import NULL_TIMELINE, NullTimeline
+
+
+class Detector:
+    """A network with all that turns its predictions into boxes."""
+
+    def __init__(
+        self,
+        model: SSD,
+        anchors_cxcywh: Tensor,
+        *,
+        detection: DetectionConfig,
+        categories: tuple[Category, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        """model, anchors_cxcywh: on the device that is to compute, in `dtype` under autocast."""
+        self.model = model
+        self.anchors_cxcywh = anchors_cxcywh
+        self.detection = detection
+        self.categories = categories
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def detect(self, images: Tensor, timeline: NullTimeline = NULL_TIMELINE) -> kernels.Detections:
+        """Detections of a batch of normalised images [B, 3, S, S]; the model's mode (train, eval) is restored after.
+
+        timeline: gets the regions MODEL and DECODING.
+        """
+        autocast = self.dtype != torch.float32
+        was_training = self.model.training
+        with timeline.region(MODEL):
+            if was_training:  # else its many modules would be walked twice for each batch
+                self.model.eval()
+            with torch.autocast(images.device.type, dtype=self.dtype, enabled=autocast):
+                predictions = self.model(images if autocast else images.float())
+            if was_training:
+                self.model.train()
+        with timeline.region(DECODING):
+            return kernels.decode_nms(
+                predictions.deltas,
+                predictions.logits,
+                self.anchors_cxcywh,
+                score_threshold=self.detection.score_threshold,
+                iou_threshold=self.detection.iou_threshold,
+                max_per_class=self.detection.max_per_class,
+                max_detections=self.detection.max_detections,
+            )
+
+    def detect_all(
+        self,
+        batches: Iterable[EvalBatch],
+        category_ids: np.ndarray | None = None,
+        timeline: NullTimeline = NULL_TIMELINE,
+    ) -> DetectionTable:
+        """Detections of many images in pixels, read from the device once, at the end.
+
+        category_ids: [K] int64, the id to report for label k + 1; left out, the categories' own.
+        timeline: gets the regions PREPROCESSING (which for the most part runs beside the model), MODEL and DECODING.
+        """
+        found, image_ids, sizes_hw = [], [], []
+        for batch in timeline.waits(batches, PREPROCESSING):
+            found.append(self.detect(batch.images, timeline))
+            image_ids.append(batch.image_ids)
+            sizes_hw.append(batch.sizes_hw)
+        if category_ids is None:
+            category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
+        return _to_table(found, image_ids, sizes_hw, category_ids)
+
+    def detect_set(
+        self, batches: Iterable[EvalBatch], coco_set: CocoSet, world: World, timeline: NullTimeline = NULL_TIMELINE
+    ) -> DetectionTable:
+        """On rank 0 the detections of all ranks' batches, in the order of the set; elsewhere those of its own alone."""
+        table = self.detect_all(batches, self.category_ids_in(coco_set), timeline)
+        tables = world.gather(table)
+        return _merge(tables, coco_set.images.image_ids) if world.is_main else table
+
+    def category_ids_in(self, coco_set: CocoSet) -> np.ndarray:
+        """[K] int64, the ids that a set gives the network's categories.
+
+        Raises DataError when the set lacks one.
+        """
+        ids = {category.name: category.id for category in coco_set.categories}
+        missing = [category.name for category in self.categories if category.name not in ids]
+        if missing:
+            raise DataError(
+                f"{coco_set.annotation_file}: lacks the categories {missing}, which the network detects: expected all "
+                f"of {[category.name for category in self.categories]}"
+            )
+        return np.array([ids[category.name] for category in self.categories], dtype=np.int64)
+
+
+def _to_table(
+    found: list[kernels.Detections], image_ids: list[Tensor], sizes_hw: list[Tensor], category_ids: np.ndarray
+) -> DetectionTable:
+    if not found:  # a rank may have no batch
+        return DetectionTable(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0), np.empty(0, np.int64))
+    boxes = torch.cat([item.boxes_ltrb for item in found]).cpu().double().numpy()  # [N, D, 4]
+    scores = torch.cat([item.scores for item in found]).cpu().double().numpy()
+    labels = torch.cat([item.labels for item in found]).cpu().numpy()
+    counts = torch.cat([item.counts for item in found]).cpu().numpy()
+    sizes = torch.cat(sizes_hw).numpy()[:, [1, 0, 1, 0]]
+    boxes = boxes * sizes[:, None, :]
+    used = np.arange(boxes.shape[1]) < counts[:, None]  # [N, D]
+    boxes_ltrb = boxes[used]
+    return DetectionTable(
+        image_ids=np.repeat(torch.cat(image_ids).numpy(), counts),
+        boxes_xywh=np.concatenate([boxes_ltrb[:, :2], boxes_ltrb[:, 2:] - boxes_ltrb[:, :2]], axis=1),
+        scores=scores[used],
+        category_ids=category_ids[labels[used] - 1],
+    )
+
+
+def _merge(tables: list[DetectionTable], image_ids: np.ndarray) -> DetectionTable:
+    """One table of many, sorted by the position of the image; within an image rows keep their order."""
+    table = DetectionTable(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
+    order = np.argsort(image_ids)
+    positions = order[np.searchsorted(image_ids[order], table.image_ids)]
+    rows = np.argsort(positions, kind="stable")
+    return DetectionTable(*(column[rows] for column in table))
+
+
+def load_detector(
+    path: Path,
+    device: torch.device,
+    *,
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+    categories: tuple[Category, ...] | None = None,
+) -> tuple[Detector, Config]:
+    """A detector, from a checkpoint of this program or from weights of the MLPerf reference, and its recipe.
+
+    config: left out, the checkpoint's own, with overrides ("section.key=value" each).
+    categories: class names for the reference's weights, which hold neither these nor a recipe.
+    Raises ValueError, naming the file, when something does not fit.
+    """
+    content = read_torch_file(path)
+    weights: Mapping[str, Any]
+    if is_checkpoint(content):
+        checkpoint = parse_checkpoint(content, path)
+        config = config or override_config(checkpoint.config, overrides, source=str(path))
+        categories, weights = checkpoint.categories, checkpoint.model
+    elif config is None or categories is None:
+        raise CheckpointError(
+            f"{path}: holds weights only: expected --config, for a recipe, and a COCO annotation file, for class names "
+            "(evaluate: that of --data; detect: --annotations)"
+        )
+    else:
+        weights = content
+    model = SSD(config.model, num_classes=len(categories))
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return make_detector(model, config, categories, device), config
+
+
+def make_detector(model: SSD, config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:
+    """A detector of a network, which is moved to the device."""
+    return Detector(
+        on_device(model, device).eval(),
+        model_anchors(config.model).to(device),
+        detection=config.detection,
+        categories=categories,
+        dtype=compute_dtype(config.training.precision, device),
+    )
+
+
+def make_random_detector(config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:
+    """A detector of random weights, which detects nothing in particular: its time can be measured."""
+    torch.manual_seed(config.training.seed)
+    return make_detector(SSD(config.model, num_classes=len(categories)), config, categories, device)

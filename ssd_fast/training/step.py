@@ -1,0 +1,155 @@
+"""One training step and the meter of its losses, shared by training and profiling."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+
+from dali_pipelines.batch import TrainBatch
+from ssd_fast.config import DistributedConfig, OptimizerConfig
+from ssd_fast.distributed.world import World
+from ssd_fast.model.loss import Loss, multibox_loss_mean
+from ssd_fast.model.ssd import SSD, on_device
+from ssd_fast.parts import ALLREDUCE, BACKWARD, FORWARD, LOSS, OPTIMIZER
+from ssd_fast.timing import NULL_TIMELINE, NullTimeline
+from ssd_fast.training.optim import group_batch_norm, make_optimizer, make_scaler, set_learning_rate
+
+
+class Trainer:
+    """A network and its optimizer, and the step that trains them."""
+
+    def __init__(
+        self,
+        model: SSD,
+        config: OptimizerConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: World | None = None,
+        distributed: DistributedConfig | None = None,
+    ) -> None:
+        """dtype: what the network computes in, under autocast unless it is float32; parameters stay float32.
+
+        world: with whom it trains. The model must be the same on all ranks, and stays so but for running_statistics.
+        The attribute running_statistics, [N] float32, holds BatchNorm's means and variances; the model has views of it.
+        The attribute timeline may be given one, which gets the regions of STEP_PARTS in every step.
+        """
+        self.timeline: NullTimeline = NULL_TIMELINE
+        self.world = world or World()
+        distributed = distributed or DistributedConfig()
+        self.model = on_device(model, device).train()
+        if distributed.batch_norm_group > 1:
+            group_batch_norm(self.model, distributed.batch_norm_group, device=device, dtype=dtype, world=self.world)
+        self.device = device
+        self.dtype = dtype
+        self.clip_norm = config.clip_norm
+        self.running_statistics = _share_storage(self.model)
+        self.optimizer = self.world.wrap(
+            make_optimizer(self.model, config, device), self.model.named_parameters(), distributed
+        )
+        self.scaler = make_scaler(device, dtype)
+
+    def train_step(self, batch: TrainBatch, learning_rate: float) -> Loss:
+        """Forward, loss, backward and update for one batch; the loss before the update, on the device.
+
+        Does not wait for the device. A step whose loss or gradient is not finite, on any rank, leaves parameters and
+        momentum as they were, and one whose own loss is not finite BatchNorm's statistics too.
+        """
+        timeline, autocast = self.timeline, self.dtype != torch.float32
+        with timeline.region(FORWARD):
+            statistics = self.running_statistics.clone()
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
+                predictions = self.model(batch.images if autocast else batch.images.float())
+        with timeline.region(LOSS):
+            loss = multibox_loss_mean(predictions, batch.deltas, batch.labels)
+            finite = torch.isfinite(loss.total)
+        with timeline.region(BACKWARD):
+            self.optimizer.zero_grad()
+            # An infinite loss may have finite gradients: NaN in their place makes the scaler skip the step all the
+            # same, and by way of the averaged gradients the scaler of every rank.
+            self.scaler.scale(loss.total).backward(torch.where(finite, 1.0, float("nan")))
+        with ExitStack() as averaged:
+            with timeline.region(ALLREDUCE):
+                averaged.enter_context(self.world.averaged_gradients(self.optimizer))
+            with timeline.region(OPTIMIZER):
+                set_learning_rate(self.optimizer, learning_rate)
+                self.scaler.unscale_(self.optimizer)
+                if self.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+                self.scaler.step(self.optimizer)
+                self.scaler.update(None if self.dtype == torch.float16 else 1.0)
+                self.running_statistics.copy_(torch.where(finite, self.running_statistics, statistics))
+        return Loss(*(part.detach() for part in loss))
+
+    @contextmanager
+    def averaged_statistics(self) -> Iterator[None]:
+        """Within it BatchNorm's running statistics are the means of all ranks'; each rank's own come back after it.
+
+        They are what a model is evaluated and saved with; training does not read them, and so goes on exactly.
+        """
+        own = self.running_statistics.clone()
+        self.world.average_(self.running_statistics)
+        try:
+            yield
+        finally:
+            self.running_statistics.copy_(own)
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the parameters."""
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+class LossWindow(NamedTuple):
+    """Means of the finite losses of all ranks over a window of steps (NaN if there was none), and what was not finite.
+
+    longest_nonfinite: most steps in a row, those before the window included. last_nonfinite_step: -1 if there was none.
+    """
+
+    total: float
+    box: float
+    class_: float
+    num_nonfinite: int
+    longest_nonfinite: int
+    last_nonfinite_step: int
+
+
+class LossMeter:
+    """Keeps losses on the device, for the host to read once per window; all ranks read the same."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._losses: list[torch.Tensor] = []
+        self._steps: list[int] = []
+        self._in_a_row = 0
+
+    def add(self, loss: Loss, step: int) -> None:
+        """Takes in the loss of a step, without waiting for it."""
+        self._losses.append(torch.stack([loss.total, loss.box, loss.class_]))
+        self._steps.append(step)
+
+    def read(self) -> LossWindow:
+        """The window so far, and the beginning of the next. Waits for the device, and for the other ranks."""
+        losses = self._world.average_(torch.stack(self._losses).double().cpu())  # one bad loss spoils the mean: wanted
+        finite = torch.isfinite(losses).all(dim=1)
+        longest = self._in_a_row
+        for good in finite.tolist():
+            self._in_a_row = 0 if good else self._in_a_row + 1
+            longest = max(longest, self._in_a_row)
+        last = max((step for step, good in zip(self._steps, finite.tolist(), strict=True) if not good), default=-1)
+        self._losses, self._steps = [], []
+        total, box, class_ = losses[finite].mean(dim=0).tolist()
+        return LossWindow(total, box, class_, int((~finite).sum()), longest, last)
+
+
+def _share_storage(model: SSD) -> torch.Tensor:
+    """One tensor [N] that all running statistics of the model become views of: saved or restored in one operation."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    for buffer, view in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.data = view
+    return flat

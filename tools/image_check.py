@@ -1,0 +1,64 @@
+"""Whether an image holds all that it is for; the last step of its build, which needs no GPU.
+
+`python tools/image_check.py inference|training`. One line for each part; what fails is the error.
+"""
+
+import importlib.metadata
+import os
+import sys
+
+import torch
+import torchvision
+
+
+def check_common() -> None:
+    import nvidia.dali
+
+    import kernels
+    import ssd_fast.__main__  # noqa: F401 — imports all that the commands share
+
+    cuda = torch.version.cuda
+    assert cuda is not None, f"PyTorch {torch.__version__} was built without CUDA"
+    print(f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}, CUDA {cuda}")
+    assert kernels.cuda_build().startswith(f"CUDA {cuda}"), f"kernels: CUDA {kernels.cuda_build()}"
+    print(f"kernels: {kernels.cuda_build()}")
+    importlib.metadata.version(f"nvidia-dali-cuda{cuda.split('.')[0]}0")
+    print(f"DALI {nvidia.dali.__version__}")
+    capabilities = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "")
+    assert "video" in capabilities.split(","), (
+        f"NVIDIA_DRIVER_CAPABILITIES={capabilities}: no decoding of JPEG in hardware"
+    )
+
+
+def check_inference() -> None:
+    import mlperf_loadgen  # noqa: F401
+    import onnxruntime
+
+    print(f"LoadGen {importlib.metadata.version('mlcommons-loadgen')}, ONNX Runtime {onnxruntime.__version__}")
+
+
+def check_training() -> None:
+    import horovod
+    import horovod.torch
+
+    assert horovod.torch.gloo_built(), "Horovod was built without Gloo"
+    assert horovod.torch.nccl_built(), "Horovod was built without NCCL"
+    print(f"Horovod {horovod.__version__}: Gloo, NCCL {horovod.torch.nccl_built()}")
+
+    from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC  # noqa: F401
+    from apex.optimizers import FusedSGD  # noqa: F401
+
+    # apex without its kernels imports, too
+    import amp_C  # isort: skip
+    import bnp  # isort: skip
+
+    assert hasattr(amp_C, "multi_tensor_sgd"), "apex: FusedSGD's kernel is missing"
+    assert hasattr(bnp, "bn_fwd_nhwc"), "apex: the kernels of groupbn are missing"
+    print("apex: FusedSGD, groupbn")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in (["inference"], ["training"]):
+        raise SystemExit("usage: image_check.py inference|training")
+    check_common()
+    {"inference": check_inference, "training": check_training}[sys.argv[1]]()
