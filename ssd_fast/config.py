@@ -118,7 +118,7 @@ def _conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 
 class DataConfig(_Section):
-    """The data set and the input pipeline. Paths are relative to the folder given by --data; defaults are COCO's layout."""
+    """The data set and the input pipeline. Paths are relative to the folder given by --data."""
 
     train_images: str = "train2017"
     """Folder of the training images."""
@@ -135,7 +135,7 @@ class DataConfig(_Section):
     bad_images: Literal["error", "skip"] = "error"
     """Reaction to a missing or undecodable image: "error" ends the run, "skip" leaves the image out and reports it."""
     bad_boxes: Literal["error", "skip"] = "skip"
-    """Reaction to a box without area inside its image: "error" ends the run, "skip" leaves the box out and reports it."""
+    """Reaction to a box without area inside its image: "error" ends the run, "skip" leaves it out and reports it."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the input pipeline of each rank; 0 means one more than the rank's cores."""
     prefetch_batches: PositiveInt = 2
@@ -143,8 +143,8 @@ class DataConfig(_Section):
     hw_decoder_load: Fraction = 0.9
     """Share of the JPEG images that the GPU's hardware decoder takes, on GPUs that have one (A100, H100 and later)."""
     box_encoder: Literal["auto", "dali", "kernels"] = "auto"
-    """Encoder of the targets: "dali" runs in the pipeline; "kernels" is this project's operator, which breaks ties between
-    anchors of equal IoU as the MLPerf reference does; "auto" is "kernels" on a CPU and "dali" on a GPU."""
+    """Encoder of the targets: "dali" runs in the pipeline; "kernels" is this project's operator, which breaks ties
+    between anchors of equal IoU as the MLPerf reference does; "auto" is "kernels" on a CPU and "dali" on a GPU."""
 
 
 class AugmentationConfig(_Section):
@@ -243,7 +243,7 @@ class TrainingConfig(_Section):
     log_every_steps: PositiveInt = 20
     """Steps between two readings of the losses, the only moments at which the host waits for the device."""
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 20
-    """Number of consecutive steps with a non-finite loss that the run survives. Such steps do not change the weights."""
+    """Consecutive steps with a non-finite loss that the run survives. Such steps do not change the weights."""
     checkpoint_every_epochs: PositiveInt = 1
     """Epochs between checkpoints. Every evaluation is followed by a checkpoint as well."""
     checkpoint_every_steps: PositiveInt | None = None
