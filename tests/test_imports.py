@@ -13,6 +13,7 @@ from repository import REPOSITORY
 ROOMS = (
     "kernels",
     "dali_pipelines",
+    "ssd_fast.exit_status",
     "ssd_fast.files",
     "ssd_fast.tables",
     "ssd_fast.parts",
