@@ -239,13 +239,13 @@ def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row
     from dali_pipelines.synthetic import SyntheticTrainLoader
     from ssd_fast.config import load_config
     from ssd_fast.model.ssd import SSD
-    from ssd_fast.training.step import Trainer
+    from ssd_fast.training.step import TrainStep
 
-    def graphed(trainer: Trainer, batch: "TrainBatch") -> None:
+    def graphed(trainer: TrainStep, batch: "TrainBatch") -> None:
         with torch.autocast("cuda", trainer.dtype, cache_enabled=False):
             trainer.model = torch.cuda.make_graphed_callables(trainer.model, (batch.images,))
 
-    def compiled(trainer: Trainer, _batch: "TrainBatch") -> None:
+    def compiled(trainer: TrainStep, _batch: "TrainBatch") -> None:
         trainer.model.forward = torch.compile(trainer.model.forward)
 
     config = load_config(RECIPE, ["model.backbone_weights=none"])
@@ -256,7 +256,7 @@ def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row
         ("bf16, torch.compile", torch.bfloat16, compiled),
         ("bf16, CUDA graph of the network", torch.bfloat16, graphed),
     ):
-        trainer = Trainer(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
+        trainer = TrainStep(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
         batches = SyntheticTrainLoader(
             num_anchors=trainer.model.num_anchors,
             num_classes=80,
@@ -270,7 +270,7 @@ def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row
         try:
             if change:
                 change(trainer, next(batches))
-            rate = _rate(batches, arguments.batch_size, lambda batch, trainer=trainer: trainer.train_step(batch, 1e-3))
+            rate = _rate(batches, arguments.batch_size, lambda batch, trainer=trainer: trainer(batch, 1e-3))
         except RuntimeError as error:  # a candidate that does not run is no failure of what is there
             yield what, "", f"not possible: {str(error).splitlines()[0]}"
             continue
