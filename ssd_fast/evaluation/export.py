@@ -1,6 +1,6 @@
 """Export of a detector as ONNX: the network alone, or with decoding and non-maximum suppression.
 
-Owner of ONNX's packages. The file consists of standard operators of opset 18, in float32, and takes a batch of any size.
+Owner of ONNX's packages. The file consists of standard operators of opset 18, in float32, and takes any batch size.
 Decoding follows the rules of `kernels.decode_nms`, including IoUs equal to the threshold and the order of equal scores,
 as long as all numbers are finite.
 """
@@ -89,7 +89,7 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
 
     detector: on the CPU.
     The file's input is `images` [B, 3, S, S] float32, normalised. Its outputs are `deltas` and `logits`, as in
-    `Predictions`, or with_decode `boxes_ltrb`, `scores`, `labels` and `counts`, as in `kernels.Detections`. Its metadata
+    `Predictions`, or with_decode `boxes_ltrb`, `scores`, `labels` and `counts`, as in `kernels.Detections`. Metadata
     hold the categories as JSON.
     Raises ExportError when a package is missing or ONNX cannot express the configuration.
     """
