@@ -7,6 +7,7 @@ SSD_FAST_SANITIZE=address,undefined builds the CPU operators for these sanitizer
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from setuptools import setup
 
 SOURCES = Path("kernels", "csrc")
+CONSTANTS = Path("kernels", "constants.py")  # read as a file: the package cannot be imported before it is built
 # Volta left the toolkit with CUDA 13. Binaries for 8.0 run on 8.6 and 8.9 too; PTX serves what comes after 9.0.
 ARCHITECTURES = {"12": "7.0;8.0;9.0+PTX", "13": "7.5;8.0;9.0+PTX"}
 
@@ -70,9 +72,13 @@ def extension():
     options = {
         "name": "kernels._C",
         "sources": [str(path) for path in sorted(SOURCES.glob("*.cpp")) + sorted(SOURCES.glob("cpu/*.cpp"))],
-        "depends": [str(path) for pattern in ("*.h", "cpu/*.h", "cuda/*.cuh") for path in SOURCES.glob(pattern)],
+        "depends": [str(path) for pattern in ("*.h", "cpu/*.h", "cuda/*.cuh") for path in SOURCES.glob(pattern)]
+        + [str(CONSTANTS)],
         "include_dirs": [str(SOURCES.resolve())],
-        "define_macros": [("SSD_FAST_CUDA_BUILD", f'"{reason}"')],
+        "define_macros": [
+            ("SSD_FAST_CUDA_BUILD", f'"{reason}"'),
+            *((f"SSD_FAST_{k}", repr(v)) for k, v in runpy.run_path(str(CONSTANTS)).items() if k.isupper()),
+        ],
         "extra_compile_args": {"cxx": cxx_flags, "nvcc": ["-std=c++17", "-O3"]},
         "extra_link_args": link_flags,
     }

@@ -18,7 +18,7 @@ from torchvision.models.detection import ssd
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
-from dali_pipelines.batch import LabelledImages
+from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, LabelledImages
 from kernels.boxes import cxcywh_to_ltrb
 from ssd_fast.config import AugmentationConfig, OptimizerConfig
 from ssd_fast.model.ssd import SSD
@@ -63,7 +63,7 @@ class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 v2.RandomHorizontalFlip(augmentation.flip_probability),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
                 v2.SanitizeBoundingBoxes(),  # drops boxes whose centre was cut off, as ours, and those below a pixel
             ]
         )

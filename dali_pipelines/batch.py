@@ -1,14 +1,71 @@
-"""The data contract between the pipelines and everything that consumes them."""
+"""The types that go into the pipelines and come out of them. Importing this module loads neither DALI nor torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:  # reading annotations, in a process of its own, does not wait for torch
+if TYPE_CHECKING:  # a process that only reads annotations starts without torch
     from torch import Tensor
+
+# Mean and standard deviation of ImageNet's pixels, RGB, as fractions of white: images are normalised with them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of training images: the crop of SSD, changes of colour, and a flip.
+
+    Raises ValueError for a value outside its range; the message begins with the field's name.
+    """
+
+    crop_min_ious: tuple[float, ...]
+    """Options of the crop, each as likely as the others: the IoU, 0 to 1, that the crop has at least with every box it
+    keeps. 0 allows any crop."""
+    crop_allow_none: bool
+    """Whether "no crop" is one more option, as likely as each of crop_min_ious."""
+    crop_sides: tuple[float, float]
+    """Range of the crop's width and height, fractions of the image's."""
+    crop_aspect: tuple[float, float]
+    """Range of the crop's width / height, both taken as fractions of the image's; above 0."""
+    crop_attempts: int
+    """Crops tried before another option is drawn, at least 1. After 1000 options without success (possible only if
+    crop_allow_none is false) the best crop found is used; it may hold no box."""
+    brightness: tuple[float, float]
+    """Range of the brightness factor, above 0."""
+    contrast: tuple[float, float]
+    """Range of the contrast factor, above 0."""
+    saturation: tuple[float, float]
+    """Range of the saturation factor, above 0."""
+    hue_degrees: float
+    """Largest rotation of the hue in either direction, degrees, 0 to 180."""
+    flip_probability: float
+    """Probability of a horizontal flip, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError if a value lies outside its range."""
+        min_ious = self.crop_min_ious
+        _require(all(0 <= iou <= 1 for iou in min_ious), f"crop_min_ious = {list(min_ious)}", "values from 0 to 1")
+        if not self.crop_allow_none:
+            _require(len(min_ious) > 0, "crop_min_ious = [] with crop_allow_none = false", "at least one option")
+        for name in ("crop_sides", "crop_aspect", "brightness", "contrast", "saturation"):
+            low, high = getattr(self, name)
+            found = f"{name} = [{low:g}, {high:g}]"
+            _require(low <= high, found, "[low, high] with low <= high")
+            if name == "crop_sides":
+                _require(low >= 0 and high <= 1, found, "fractions from 0 to 1")
+            else:
+                _require(low > 0, found, "factors above 0")
+        _require(self.crop_attempts >= 1, f"crop_attempts = {self.crop_attempts}", "at least 1")
+        _require(0 <= self.hue_degrees <= 180, f"hue_degrees = {self.hue_degrees:g}", "0 to 180")
+        _require(0 <= self.flip_probability <= 1, f"flip_probability = {self.flip_probability:g}", "0 to 1")
 
 
 class LabelledImages(NamedTuple):
@@ -58,3 +115,8 @@ class EvalBatch(NamedTuple):
     images: Tensor
     image_ids: Tensor
     sizes_hw: Tensor
+
+
+def _require(holds: bool, found: str, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{found}: expected {expected}")

@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from nvidia import dali
 from nvidia.dali import Pipeline, fn, math, types
 from torch import Tensor
 
+from dali_pipelines.batch import Augmentation as Augmentation
 from dali_pipelines.batch import LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes
 from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run, run_ragged
@@ -28,32 +29,6 @@ _PAGE_BYTES = 4096
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From the ground truths of a batch, boxes_ltrb [T, 4] float32, labels [T] int32 and offsets [B + 1] int64 (those of
 image b are rows offsets[b] to offsets[b + 1]), to deltas [B, A, 4] and labels [B, A] int32; all on one device."""
-
-
-class Augmentation(NamedTuple):
-    """Random changes of training images.
-
-    crop_min_ious: options of the crop: every box of the image overlaps it by at least this IoU; 0 is no condition.
-    crop_allow_none: whether "no crop" is one more option, as likely to be drawn as each of crop_min_ious.
-    crop_sides: range of the crop's width and height, fractions of the image's.
-    crop_aspect: range of the crop's width / height, both as fractions.
-    crop_attempts: crops tried for an option before one is drawn again. If 1000 draws fail (only without "no crop"),
-        the best crop found is taken; it may hold no box.
-    brightness, contrast, saturation: ranges of the factors.
-    hue_degrees: largest rotation of the hue, either way.
-    flip_probability: chance of a horizontal flip.
-    """
-
-    crop_min_ious: tuple[float, ...]
-    crop_allow_none: bool
-    crop_sides: tuple[float, float]
-    crop_aspect: tuple[float, float]
-    crop_attempts: int
-    brightness: tuple[float, float]
-    contrast: tuple[float, float]
-    saturation: tuple[float, float]
-    hue_degrees: float
-    flip_probability: float
 
 
 class TrainLoader:
@@ -306,8 +281,6 @@ def _check(images: LabelledImages, world_size: int, augmentation: Augmentation) 
             f"{images.image_dir}: {len(images.file_names)} images with boxes: expected at least one for each of "
             f"{world_size} ranks"
         )
-    if not augmentation.crop_min_ious and not augmentation.crop_allow_none:
-        raise ValueError("augmentation: crop_min_ious = () with crop_allow_none = False: expected at least one option")
     side = augmentation.crop_sides[0] if augmentation.crop_min_ious else 1.0
     small = np.flatnonzero(images.sizes_hw.min(axis=1) * side < 1)
     if len(small):

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.boxes import cxcywh_to_ltrb, decode_deltas, encode_deltas, iou_matrix
+from kernels.constants import NEGATIVES_PER_POSITIVE
 from kernels.types import Detections, LossParts, Targets
-
-NEGATIVES_PER_POSITIVE = 3
 
 
 @torch.no_grad()
