@@ -90,6 +90,7 @@ def evaluate(
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import hardware, progress, timing
+    from ssd_fast.data import annotations as annotations_module
     from ssd_fast.data import coco as dataset
     from ssd_fast.data import loaders
     from ssd_fast.distributed import world as distributed
@@ -99,7 +100,7 @@ def evaluate(
     progress.setup_logging(None)
     with distributed.connect(given.distributed if given else DistributedConfig()) as world:
         device = world.device()
-        categories = dataset.read_categories(data / given.data.val_annotations) if given else None
+        categories = annotations_module.read_categories(data / given.data.val_annotations) if given else None
         detector, recipe = inference.load_detector(
             checkpoint, device, config=given, overrides=overrides or (), categories=categories
         )
@@ -157,18 +158,19 @@ def detect(
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress, timing
-    from ssd_fast.data import coco as dataset
+    from ssd_fast.data import annotations as annotations_module
+    from ssd_fast.data import images as images_module
     from ssd_fast.distributed import world as distributed
     from ssd_fast.evaluation import detector as inference
     from ssd_fast.evaluation.predict import detect_images
 
     progress.setup_logging(None)
     device = distributed.World().device()
-    categories = dataset.read_categories(annotations) if annotations else None
+    categories = annotations_module.read_categories(annotations) if annotations else None
     detector, recipe = inference.load_detector(
         checkpoint, device, config=given, overrides=overrides or (), categories=categories
     )
-    found = dataset.find_images(images, bad_images=recipe.data.bad_images)
+    found = images_module.find_images(images, bad_images=recipe.data.bad_images)
     timeline = detect_images(detector, recipe, found, output, device=device, drawn_score=drawn_score)
     print(timing.format_line(timeline.parts(), num_images=len(found.file_names)))
     print(f"{len(found.file_names)} images: annotated copies and detections.json are in {output}")
@@ -196,11 +198,11 @@ def export(
     import torch
 
     from ssd_fast import files
-    from ssd_fast.data import coco as dataset
+    from ssd_fast.data import annotations as annotations_module
     from ssd_fast.evaluation import detector as inference
     from ssd_fast.evaluation.export import check_onnx, to_onnx
 
-    categories = dataset.read_categories(annotations) if annotations else None
+    categories = annotations_module.read_categories(annotations) if annotations else None
     detector, _ = inference.load_detector(
         checkpoint, torch.device("cpu"), config=given, overrides=overrides or (), categories=categories
     )
@@ -407,6 +409,7 @@ def benchmark(
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress
+    from ssd_fast.data import annotations as annotations_module
     from ssd_fast.data import coco as dataset
     from ssd_fast.distributed import world as distributed
     from ssd_fast.evaluation import coco_eval
@@ -415,9 +418,9 @@ def benchmark(
 
     progress.setup_logging(None)
     device = distributed.World().device()
-    categories = dataset.NUMBERED_CATEGORIES
+    categories = annotations_module.NUMBERED_CATEGORIES
     if data is not None and given is not None:
-        categories = dataset.read_categories(data / given.data.val_annotations)
+        categories = annotations_module.read_categories(data / given.data.val_annotations)
     if checkpoint is not None:
         detector, recipe = inference.load_detector(
             checkpoint, device, config=given, overrides=overrides or (), categories=categories

@@ -30,8 +30,9 @@ from dali_pipelines.batch import LabelledImages
 from dali_pipelines.evaluate import EvalLoader
 from dali_pipelines.synthetic import SyntheticEvalLoader
 from ssd_fast.config import BenchmarkConfig, Config
-from ssd_fast.data.coco import CocoSet, DataError
+from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import make_eval_loader
+from ssd_fast.data.policy import DataError
 from ssd_fast.evaluation.coco_eval import DetectionTable
 from ssd_fast.evaluation.detector import Detector
 

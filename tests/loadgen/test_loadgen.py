@@ -17,8 +17,10 @@ from tiny import TINY, tiny_config
 
 import kernels
 from ssd_fast.__main__ import main
-from ssd_fast.data.coco import NUMBERED_CATEGORIES, CocoSet, DataError, load_coco
+from ssd_fast.data.annotations import NUMBERED_CATEGORIES
+from ssd_fast.data.coco import CocoSet, load_coco
 from ssd_fast.data.loaders import make_eval_loader
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import read_results, score, twelve_numbers
 from ssd_fast.evaluation.detector import make_random_detector
