@@ -14,8 +14,7 @@ from nvidia import dali
 from nvidia.dali import Pipeline, fn, math, types
 from torch import Tensor
 
-from dali_pipelines.batch import Augmentation as Augmentation
-from dali_pipelines.batch import LabelledImages, TrainBatch
+from dali_pipelines.batch import Augmentation, LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes
 from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run, run_ragged
 

@@ -56,7 +56,7 @@ def load_detector(
     """
     import torch
 
-    from ssd_fast.data.coco import read_categories
+    from ssd_fast.data.annotations import read_categories
     from ssd_fast.distributed.world import World
     from ssd_fast.evaluation import detector
     from ssd_fast.evaluation.predict import ImageDetector

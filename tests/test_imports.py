@@ -49,9 +49,14 @@ OWNERS = {
     "onnxscript": {"ssd_fast/evaluation/export.py"},
     "onnxruntime": {"ssd_fast/evaluation/export.py"},
     "rich": {"ssd_fast/progress.py", "ssd_fast/tables.py"},
-    "pydantic": {"ssd_fast/config.py", "ssd_fast/recipe.py", "ssd_fast/profiling/profile.py"},
+    "pydantic": {
+        "dali_pipelines/batch.py",
+        "ssd_fast/config.py",
+        "ssd_fast/recipe.py",
+        "ssd_fast/profiling/profile.py",
+    },
     "typer": {"ssd_fast/__main__.py"},
-    "msgspec": {"ssd_fast/data/coco.py", "ssd_fast/evaluation/coco_eval.py"},
+    "msgspec": {"ssd_fast/data/annotations.py", "ssd_fast/evaluation/coco_eval.py"},
 }
 
 

@@ -289,7 +289,7 @@ def _matrix_rate() -> float:
 def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
     """Images per second at 1200x1200 without input, with random weights, and the share of what is not the network."""
     from ssd_fast.config import load_config
-    from ssd_fast.data.coco import Category
+    from ssd_fast.data.annotations import Category
     from ssd_fast.evaluation.detector import make_random_detector
     from ssd_fast.timing import DECODING, MODEL, Timeline
 
@@ -343,7 +343,7 @@ def _find_data(directory: Path, scratch: Path) -> tuple[Path, list[str]]:
 
 
 def _train_loader(config: "Config", images: "CocoSet", device: torch.device, batch_size: int) -> "TrainLoader":
-    from dali_pipelines.train import Augmentation, TrainLoader
+    from dali_pipelines.train import TrainLoader
     from kernels.boxes import cxcywh_to_ltrb
     from ssd_fast.model.anchors import model_anchors
 
@@ -356,7 +356,7 @@ def _train_loader(config: "Config", images: "CocoSet", device: torch.device, bat
         num_threads=len(os.sched_getaffinity(0)),
         prefetch_batches=2,
         seed=3,
-        augmentation=Augmentation(**config.augmentation.model_dump()),
+        augmentation=config.augmentation,
     )
 
 

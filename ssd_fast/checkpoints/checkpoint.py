@@ -11,7 +11,7 @@ import torch
 
 from ssd_fast.checkpoints.weights import read_torch_file
 from ssd_fast.config import Config
-from ssd_fast.data.coco import Category
+from ssd_fast.data.annotations import Category
 from ssd_fast.files import write_atomically
 from ssd_fast.recipe import ConfigError, validate_config
 

@@ -10,10 +10,11 @@ from torch import Tensor
 import kernels
 from dali_pipelines.batch import LabelledImages
 from dali_pipelines.evaluate import EvalLoader
-from dali_pipelines.train import Augmentation, Encode, TrainLoader
+from dali_pipelines.train import Encode, TrainLoader
 from kernels.boxes import cxcywh_to_ltrb
 from ssd_fast.config import Config
-from ssd_fast.data.coco import CocoSet, DataError, load_coco
+from ssd_fast.data.coco import CocoSet, load_coco
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.hardware import input_threads
 from ssd_fast.model.anchors import reference_order
@@ -77,7 +78,7 @@ def loader_arguments(
         "seed": config.training.seed,
         "rank": world.rank,
         "world_size": world.size,
-        "augmentation": Augmentation(**config.augmentation.model_dump()),
+        "augmentation": config.augmentation,
     }
 
 

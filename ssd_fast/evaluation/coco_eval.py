@@ -12,7 +12,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import hotcoco
 import msgspec
@@ -20,10 +20,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ssd_fast.data.coco import DataError
+from ssd_fast.data.annotations import Annotation, decode_json, read_instances
+from ssd_fast.data.policy import DataError
 from ssd_fast.files import write_atomically
-
-T = TypeVar("T")
 
 _AREAS = ("all", "small", "medium", "large")
 _MAX_DETECTIONS = (1, 10, 100)
@@ -88,29 +87,6 @@ class CocoScores(NamedTuple):
     precision_50: np.ndarray
 
 
-class _Image(msgspec.Struct):
-    id: int
-
-
-class _Category(msgspec.Struct):
-    id: int
-    name: str
-
-
-class _Annotation(msgspec.Struct):
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    area: float | None = None
-    iscrowd: int | bool = 0
-
-
-class _Instances(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_Annotation]
-
-
 class _Result(msgspec.Struct):
     image_id: int
     category_id: int
@@ -152,7 +128,7 @@ def score(
     Raises DataError for a file that cannot be used, ValueError for ids that it does not have and for detections that
     are not finite or have a negative size.
     """
-    instances = _decode(annotation_file, _Instances, "COCO instances, {images, categories, annotations}")
+    instances = read_instances(annotation_file)
     names = {category.id: category.name for category in instances.categories}
     if len(set(names.values())) != len(instances.categories):
         raise DataError(f"{annotation_file}: categories: expected every id and every name once")
@@ -228,7 +204,7 @@ def write_results(detections: DetectionTable, path: Path) -> None:
 
 def read_results(path: Path) -> DetectionTable:
     """The detections of a COCO result file, in its order. Raises DataError where it is not one."""
-    rows = _decode(path, list[_Result], "COCO results, a list of {image_id, category_id, bbox, score}")
+    rows = decode_json(path, list[_Result], "COCO results, a list of {image_id, category_id, bbox, score}")
     table = DetectionTable(
         image_ids=np.array([row.image_id for row in rows], np.int64),
         boxes_xywh=np.array([row.bbox for row in rows], np.float64).reshape(-1, 4),
@@ -240,15 +216,6 @@ def read_results(path: Path) -> DetectionTable:
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     return table
-
-
-def _decode(path: Path, kind: type[T], expectation: str) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: expected {expectation}: {error}") from None
 
 
 def _check_table(table: DetectionTable) -> None:
@@ -272,7 +239,7 @@ def _check_table(table: DetectionTable) -> None:
 
 
 def _normalise(
-    annotations: list[_Annotation], detections: DetectionTable, *, images: np.ndarray, categories: np.ndarray
+    annotations: list[Annotation], detections: DetectionTable, *, images: np.ndarray, categories: np.ndarray
 ) -> _Problem:
     """The problem of the given images and categories (sorted ids). Their order, which decides ties, stays."""
     truth_images = np.array([annotation.image_id for annotation in annotations], np.int64)

@@ -13,8 +13,10 @@ from dali_pipelines.batch import EvalBatch
 from ssd_fast.checkpoints.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
 from ssd_fast.checkpoints.weights import load_weights, read_torch_file
 from ssd_fast.config import Config, DetectionConfig
+from ssd_fast.data.annotations import Category
 from ssd_fast.data.boxes import ltrb_to_xywh
-from ssd_fast.data.coco import Category, CocoSet, DataError
+from ssd_fast.data.coco import CocoSet
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
 from ssd_fast.hardware import compute_dtype

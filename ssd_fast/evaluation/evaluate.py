@@ -9,7 +9,8 @@ import torch
 
 from ssd_fast import timing
 from ssd_fast.config import Config, DistributedConfig
-from ssd_fast.data.coco import load_coco, read_categories
+from ssd_fast.data.annotations import read_categories
+from ssd_fast.data.coco import load_coco
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.distributed.world import connect
 from ssd_fast.evaluation import coco_eval

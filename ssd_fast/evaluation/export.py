@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kernels
 from kernels.boxes import CENTRE_VARIANCE, SIZE_VARIANCE
 from ssd_fast.config import Config, DetectionConfig
-from ssd_fast.data.coco import read_categories
+from ssd_fast.data.annotations import read_categories
 from ssd_fast.evaluation.detector import Detector, load_detector
 from ssd_fast.files import write_atomically
 from ssd_fast.model.ssd import SSD, Predictions

@@ -15,8 +15,9 @@ from dali_pipelines.arrays import ArrayLoader
 from dali_pipelines.batch import EvalBatch, LabelledImages
 from dali_pipelines.evaluate import EvalLoader
 from ssd_fast.config import Config
+from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.boxes import xywh_to_ltrb
-from ssd_fast.data.coco import find_images, read_categories
+from ssd_fast.data.images import find_images
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable

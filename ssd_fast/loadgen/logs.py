@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ssd_fast.config import BenchmarkConfig
+from ssd_fast.data.annotations import read_instances
 from ssd_fast.data.boxes import ltrb_to_xywh
-from ssd_fast.data.coco import CocoSet, DataError
+from ssd_fast.data.coco import CocoSet
+from ssd_fast.data.policy import DataError
 from ssd_fast.evaluation.coco_eval import CocoScores, DetectionTable
 from ssd_fast.evaluation.detector import Detector
 from ssd_fast.loadgen.settings import Mode, Scenario
@@ -54,8 +56,8 @@ class Measured(NamedTuple):
 
 def label_numbers(detector: Detector, coco_set: CocoSet) -> Tensor:
     """Return [K + 1] int64: for label k, its category's position (from 1) in the annotation file, as MLPerf logs it."""
-    content = json.loads(coco_set.annotation_file.read_bytes())
-    positions = {category["id"]: position for position, category in enumerate(content["categories"], 1)}
+    categories = read_instances(coco_set.annotation_file).categories
+    positions = {category.id: position for position, category in enumerate(categories, 1)}
     return torch.tensor([0, *(positions[id_] for id_ in detector.category_ids_in(coco_set).tolist())])
 
 
@@ -66,7 +68,7 @@ def read_accuracy_log(path: Path, coco_set: CocoSet) -> DetectionTable:
     Raises DataError for a log of another set and for an incomplete log.
     """
     images = coco_set.images
-    category_ids = [category["id"] for category in json.loads(coco_set.annotation_file.read_bytes())["categories"]]
+    category_ids = [category.id for category in read_instances(coco_set.annotation_file).categories]
     rows_of: dict[int, np.ndarray] = {}
     for entry in json.loads(path.read_bytes()):
         index = entry["qsl_idx"]

@@ -20,7 +20,9 @@ import torch
 
 from ssd_fast import exit_status
 from ssd_fast.config import Config
-from ssd_fast.data.coco import NUMBERED_CATEGORIES, CocoSet, DataError, load_coco, read_categories
+from ssd_fast.data.annotations import NUMBERED_CATEGORIES, read_categories
+from ssd_fast.data.coco import CocoSet, load_coco
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation import coco_eval
 from ssd_fast.evaluation.detector import Detector, load_detector, make_random_detector

@@ -28,7 +28,7 @@ from dali_pipelines.synthetic import SyntheticTrainLoader
 from dali_pipelines.train import PIXEL_PARTS, CutInput
 from ssd_fast import hardware
 from ssd_fast.config import Config
-from ssd_fast.data.coco import NUMBERED_CATEGORIES
+from ssd_fast.data.annotations import NUMBERED_CATEGORIES
 from ssd_fast.data.loaders import load_sets, loader_arguments, make_eval_loader, make_train_loader
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation import coco_eval

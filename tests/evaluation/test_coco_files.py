@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from coco_cases import crowds, empty_categories, make_table, more_than_100_detections, oracle
 
-from ssd_fast.data.coco import DataError
+from ssd_fast.data.policy import DataError
 from ssd_fast.evaluation.coco_eval import DetectionTable, format_scores, read_results, score, write_results
 
 
@@ -87,7 +87,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "expected COCO results"),
+        ("[", "not JSON, expected COCO results"),
         ('{"annotations": []}', "expected COCO results"),
         ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1], "score": 1}]', r"\[0\]\.bbox"),
         ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]', "score"),
@@ -103,9 +103,9 @@ def test_bad_results_are_refused(content: str, message: str, tmp_path: Path) -> 
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.json: .*No such file"):
+    with pytest.raises(DataError, match=r"gone\.json: no such file: expected COCO"):
         read_results(tmp_path / "gone.json")
-    with pytest.raises(DataError, match=r"gone\.json: .*No such file"):
+    with pytest.raises(DataError, match=r"gone\.json: no such file: expected COCO"):
         score(tmp_path / "gone.json", make_table([]))
 
 

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from short_benchmark import DEMO, MANY, load_set, sets
 
 from ssd_fast.__main__ import main
-from ssd_fast.data.coco import DataError
+from ssd_fast.data.policy import DataError
 from ssd_fast.evaluation.coco_eval import read_results, score, twelve_numbers
 from ssd_fast.loadgen.logs import read_accuracy_log
 

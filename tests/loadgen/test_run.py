@@ -11,7 +11,8 @@ import torch
 from short_benchmark import DEMO, SHORT, load_set, sets
 from tiny import tiny_config
 
-from ssd_fast.data.coco import NUMBERED_CATEGORIES, DataError
+from ssd_fast.data.annotations import NUMBERED_CATEGORIES
+from ssd_fast.data.policy import DataError
 from ssd_fast.evaluation.detector import make_random_detector
 from ssd_fast.loadgen import run as loadgen
 from ssd_fast.loadgen.logs import read_figures
