@@ -112,7 +112,7 @@ def format_measured(measured: Measured) -> str:
         pairs.append(("highest load", _describe_load(figures, settings)))
     mean_size = measured.num_queries / max(measured.num_batches, 1)
     pairs.append(("images", f"{measured.num_queries} in {measured.num_batches} batches, on average of {mean_size:.1f}"))
-    if measured.mode == "performance" and scenario != "Offline":
+    if measured.mode == "performance" and scenario != Scenario.OFFLINE:
         pairs += _latencies(figures, scenario)
     return format_pairs(pairs)
 
@@ -120,18 +120,18 @@ def format_measured(measured: Measured) -> str:
 def _metric(figures: dict[str, Any], scenario: Scenario, settings: BenchmarkConfig) -> Pairs:
     """Return the figures by which a scenario is judged."""
     match scenario:
-        case "Offline":
+        case Scenario.OFFLINE:
             return [("throughput", f"{figures['result_samples_per_second']:.4g} images/s")]
-        case "SingleStream":
+        case Scenario.SINGLE_STREAM:
             percentile = settings.single_stream_percentile
             latency = figures[f"result_{percentile}.00_percentile_latency_ns"]
             return [(f"p{percentile} of the latency", f"{latency / 1e6:.2f} ms")]
-        case "MultiStream":
+        case Scenario.MULTI_STREAM:
             percentile = settings.multi_stream_percentile
             latency = figures[f"result_{percentile}.00_percentile_per_query_latency_ns"]
             name = f"p{percentile} of the latency"
             return [(name, f"{latency / 1e6:.2f} ms for {settings.multi_stream_samples} images")]
-        case "Server":
+        case Scenario.SERVER:
             percentile = settings.server_percentile
             latency = figures[f"result_{percentile}.00_percentile_latency_ns"]
             late, total = figures["result_overlatency_query_count"], figures["result_query_count"]
@@ -151,8 +151,8 @@ def _metric(figures: dict[str, Any], scenario: Scenario, settings: BenchmarkConf
 
 
 def _latencies(figures: dict[str, Any], scenario: Scenario) -> Pairs:
-    kind = "per_query_latency_ns" if scenario == "MultiStream" else "latency_ns"
-    query = "query_" if scenario == "MultiStream" else ""
+    kind = "per_query_latency_ns" if scenario == Scenario.MULTI_STREAM else "latency_ns"
+    query = "query_" if scenario == Scenario.MULTI_STREAM else ""
     keys = {"min": f"result_min_{query}latency_ns", "mean": f"result_mean_{query}latency_ns"}
     keys |= {f"p{percentile}": f"result_{percentile}.00_percentile_{kind}" for percentile in (50, 90, 95, 97, 99)}
     keys["max"] = f"result_max_{query}latency_ns"
