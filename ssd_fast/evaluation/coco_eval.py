@@ -122,7 +122,7 @@ def score(
 ) -> CocoScores:
     """COCO's numbers of detections against an annotation file.
 
-    annotation_file: COCO instances JSON; an annotation without `area` gets that of its box, one without `iscrowd` is no crowd.
+    annotation_file: COCO instances JSON. `area` defaults to the area of the box, `iscrowd` to no crowd.
     image_ids, category_ids: those that count; by default all images (also those without boxes) and categories of the
     file.
     evaluator: both give the same bits; pycocotools takes about a minute for 500,000 detections.
