@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from loaders import UNCHANGED
+from pipelines import UNCHANGED
 from repository import REPOSITORY
 
 
