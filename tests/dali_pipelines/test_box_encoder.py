@@ -49,7 +49,7 @@ def test_targets_equal_the_reference_encoding(small: LabelledImages, own: bool) 
 
 
 def test_both_encoders_give_the_same_targets_of_the_same_crops(small: LabelledImages) -> None:
-    given: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    given: list[tuple[torch.Tensor, ...]] = []
 
     def encode(*ground_truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         given.append(ground_truths)
