@@ -18,32 +18,32 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes of training images: the crop of SSD, changes of colour, and a flip.
+    """Random changes of training images: the crop of SSD, changes of colour, and a flip. The defaults are SSD's.
 
     Raises ValueError for a value outside its range; the message begins with the field's name.
     """
 
-    crop_min_ious: tuple[float, ...]
+    crop_min_ious: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
     """Options of the crop, each as likely as the others: the IoU, 0 to 1, that the crop has at least with every box it
     keeps. 0 allows any crop."""
-    crop_allow_none: bool
+    crop_allow_none: bool = True
     """Whether "no crop" is one more option, as likely as each of crop_min_ious."""
-    crop_sides: tuple[float, float]
+    crop_sides: tuple[float, float] = (0.3, 1.0)
     """Range of the crop's width and height, fractions of the image's."""
-    crop_aspect: tuple[float, float]
+    crop_aspect: tuple[float, float] = (0.5, 2.0)
     """Range of the crop's width / height, both taken as fractions of the image's; above 0."""
-    crop_attempts: int
+    crop_attempts: int = 1
     """Crops tried before another option is drawn, at least 1. After 1000 options without success (possible only if
     crop_allow_none is false) the best crop found is used; it may hold no box."""
-    brightness: tuple[float, float]
+    brightness: tuple[float, float] = (0.875, 1.125)
     """Range of the brightness factor, above 0."""
-    contrast: tuple[float, float]
+    contrast: tuple[float, float] = (0.5, 1.5)
     """Range of the contrast factor, above 0."""
-    saturation: tuple[float, float]
+    saturation: tuple[float, float] = (0.5, 1.5)
     """Range of the saturation factor, above 0."""
-    hue_degrees: float
+    hue_degrees: float = 18.0
     """Largest rotation of the hue in either direction, degrees, 0 to 180."""
-    flip_probability: float
+    flip_probability: float = 0.5
     """Probability of a horizontal flip, 0 to 1."""
 
     def __post_init__(self) -> None:

@@ -237,15 +237,15 @@ def _measure_kernels(_arguments: argparse.Namespace, scratch: Path) -> Iterator[
 def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
     """Images per second of training without input: as it is, and with what may make it faster."""
     from dali_pipelines.synthetic import SyntheticTrainLoader
-    from ssd_fast.config import load_config
     from ssd_fast.model.ssd import SSD
-    from ssd_fast.training.step import Trainer
+    from ssd_fast.recipe import load_config
+    from ssd_fast.training.step import TrainStep
 
-    def graphed(trainer: Trainer, batch: "TrainBatch") -> None:
+    def graphed(trainer: TrainStep, batch: "TrainBatch") -> None:
         with torch.autocast("cuda", trainer.dtype, cache_enabled=False):
             trainer.model = torch.cuda.make_graphed_callables(trainer.model, (batch.images,))
 
-    def compiled(trainer: Trainer, _batch: "TrainBatch") -> None:
+    def compiled(trainer: TrainStep, _batch: "TrainBatch") -> None:
         trainer.model.forward = torch.compile(trainer.model.forward)
 
     config = load_config(RECIPE, ["model.backbone_weights=none"])
@@ -256,7 +256,7 @@ def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row
         ("bf16, torch.compile", torch.bfloat16, compiled),
         ("bf16, CUDA graph of the network", torch.bfloat16, graphed),
     ):
-        trainer = Trainer(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
+        trainer = TrainStep(SSD(config.model, num_classes=80), config.optimizer, device=GPU, dtype=dtype)
         batches = SyntheticTrainLoader(
             num_anchors=trainer.model.num_anchors,
             num_classes=80,
@@ -270,7 +270,7 @@ def _measure_step(arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row
         try:
             if change:
                 change(trainer, next(batches))
-            rate = _rate(batches, arguments.batch_size, lambda batch, trainer=trainer: trainer.train_step(batch, 1e-3))
+            rate = _rate(batches, arguments.batch_size, lambda batch, trainer=trainer: trainer(batch, 1e-3))
         except RuntimeError as error:  # a candidate that does not run is no failure of what is there
             yield what, "", f"not possible: {str(error).splitlines()[0]}"
             continue
@@ -288,9 +288,9 @@ def _matrix_rate() -> float:
 
 def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
     """Images per second at 1200x1200 without input, with random weights, and the share of what is not the network."""
-    from ssd_fast.config import load_config
     from ssd_fast.data.coco import Category
     from ssd_fast.evaluation.detector import make_random_detector
+    from ssd_fast.recipe import load_config
     from ssd_fast.timing import DECODING, MODEL, Timeline
 
     categories = tuple(Category(number, str(number)) for number in range(1, 81))
@@ -315,8 +315,8 @@ def _measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterat
 
 def _check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     """What needs DALI: the input on the GPU, and learning."""
-    from ssd_fast.config import load_config
     from ssd_fast.data.coco import load_coco
+    from ssd_fast.recipe import load_config
 
     data, overrides = _find_data(arguments.data, scratch)
     config = load_config(RECIPE, overrides)
@@ -396,7 +396,7 @@ def _check_pipelines(config: "Config", images: "CocoSet") -> Iterator[Row]:
 
 def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]:
     """SSD300 learns 64 images by heart under mixed precision."""
-    from ssd_fast.config import override_config
+    from ssd_fast.recipe import override_config
     from ssd_fast.training.run import train
 
     recipe = override_config(

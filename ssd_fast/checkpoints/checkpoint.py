@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ssd_fast.checkpoints.weights import read_torch_file
-from ssd_fast.config import Config, ConfigError, validate_config
+from ssd_fast.config import Config
 from ssd_fast.data.coco import Category
 from ssd_fast.files import write_atomically
+from ssd_fast.recipe import ConfigError, validate_config
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "ssd_fast checkpoint 2"
+FORMAT = "ssd_fast checkpoint 3"
+_FORMAT_WITH_SCORES = "ssd_fast checkpoint 2"
 BEST = "best.pt"
 _NUMBERED = re.compile(r"step_(\d{9})\.pt")
 
@@ -32,7 +34,7 @@ class Checkpoint(NamedTuple):
     optimizer, scaler, rng: their state dicts; rng holds torch's generators.
     model's BatchNorm statistics are the means of all ranks'; statistics holds each rank's own, one [N] float32 each.
     loader: state of the input pipeline of each rank, one uint8 tensor each.
-    step: steps done. scores: the twelve COCO numbers of each evaluated epoch (from 1), by epoch.
+    step: steps done. scores: the twelve COCO numbers by epoch (from 1), of a file of format 2 only.
     """
 
     config: Config
@@ -45,7 +47,7 @@ class Checkpoint(NamedTuple):
     loader: list[torch.Tensor]
     step: int
     steps_per_epoch: int
-    scores: dict[int, dict[str, float]]
+    scores: dict[int, dict[str, float]] = {}  # noqa: RUF012 — never changed
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -53,7 +55,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
     Raises OSError that names the file when the disk is full or the folder cannot be written to; an older file stays.
     """
-    values = checkpoint._asdict() | {
+    values = {name: value for name, value in checkpoint._asdict().items() if name != "scores"} | {
         "format": FORMAT,
         "config": checkpoint.config.model_dump(mode="json", exclude_none=True),
         "categories": [category._asdict() for category in checkpoint.categories],
@@ -85,20 +87,32 @@ def is_checkpoint(content: Any) -> bool:
 
 def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
     """The checkpoint that a file holds; path is named in errors."""
-    if content["format"] != FORMAT:
+    if content["format"] not in (FORMAT, _FORMAT_WITH_SCORES):
         raise CheckpointError(f"{path}: format = {content['format']!r}: expected {FORMAT!r}")
     try:
         config = validate_config(content["config"], source=str(path))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its configuration is not valid here: {error}") from None
     categories = tuple(Category(**category) for category in content["categories"])
-    values = {name: content[name] for name in Checkpoint._fields}
+    values = {name: content[name] for name in Checkpoint._fields if name in content}
     return Checkpoint(**values | {"config": config, "categories": categories})
 
 
 def numbered_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is kept."""
     return folder / f"step_{step:09d}.pt"
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Make target the same file as source, without copying where the file system has hard links."""
+    link = target.with_name(f".{target.name}.link")
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(source)
+    except OSError:
+        write_atomically(target, source.read_bytes())
+    else:
+        link.replace(target)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,15 @@ from ssd_fast.hardware import input_threads
 from ssd_fast.model.anchors import reference_order
 
 
-def load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:
-    """The training and the validation set; DataError when they do not go together."""
+class TrainAndVal(NamedTuple):
+    """The two sets of a recipe."""
+
+    train: CocoSet
+    val: CocoSet
+
+
+def load_sets(config: Config, data_dir: Path) -> TrainAndVal:
+    """The training and the validation set. Raises DataError when one cannot be used."""
     data = config.data
     train_set = load_coco(
         data_dir / data.train_annotations,
@@ -39,7 +46,7 @@ def load_sets(config: Config, data_dir: Path) -> tuple[CocoSet, CocoSet]:
     )
     if len(train_set.images.boxes_ltrb) == 0:
         raise DataError(f"{train_set.annotation_file}: no image has a box to learn from")
-    return train_set, val_set
+    return TrainAndVal(train_set, val_set)
 
 
 def make_train_loader(

@@ -19,14 +19,13 @@ class ScoringRequest(NamedTuple):
     """What is to be scored.
 
     category_ids: the ids of the annotation file that count.
-    results_file: where the detections are written, if their mAP is better than best_map.
+    results_file: written with the detections, in COCO's result format.
     """
 
     annotation_file: Path
     table: DetectionTable
     category_ids: list[int]
     results_file: Path
-    best_map: float
 
 
 class Scoring:
@@ -74,8 +73,7 @@ def _serve() -> None:
     answer: CocoScores | Exception
     try:
         answer = score(request.annotation_file, request.table, category_ids=request.category_ids)
-        if answer.map > request.best_map:
-            write_results(request.table, request.results_file)
+        write_results(request.table, request.results_file)
     except (ValueError, OSError) as error:
         answer = error
     sys.stdout.buffer.write(pickle.dumps(answer))

@@ -54,8 +54,8 @@ from ssd_fast.profiling.profile import (
     Work,
 )
 from ssd_fast.timing import NULL_TIMELINE, Timeline
-from ssd_fast.training.loop import Loop
-from ssd_fast.training.step import Trainer
+from ssd_fast.training.loop import Flags, Loop
+from ssd_fast.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Profiler:
             self.detector, _ = load_detector(checkpoint, self.device, config=config, categories=categories)
         else:
             self.detector = make_random_detector(config, categories, self.device)
-        self.trainer = Trainer(
+        self.trainer = TrainStep(
             *(self.detector.model, config.optimizer),
             device=self.device,
             dtype=self.detector.dtype,
@@ -254,7 +254,7 @@ class Profiler:
         timeline = self.trainer.timeline = Timeline(self.device, time.perf_counter())
         timeline.settle("before")
         clock = _Clock(self.world.cores)
-        for _ in islice(self.loop.steps(batches, flags=lambda: (0, 0)), num_steps):
+        for _ in islice(self.loop.steps(batches, flags=Flags), num_steps):
             pass
         with timeline.region(REST):  # marks where the last step ends
             pass
@@ -300,7 +300,7 @@ class Profiler:
         ):
             self.trainer.model(images.float())
         with FlopCounterMode(display=False) as step, CallCounter() as counter:
-            next(self.loop.steps(batches, flags=lambda: (0, 0)))
+            next(self.loop.steps(batches, flags=Flags))
         return Work(
             forward_flop=forward.get_total_flops() / len(images),
             train_flop=step.get_total_flops() / len(images),

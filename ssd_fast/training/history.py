@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,17 @@ class MetricsWriter:
     is not finite is null. Every line is handed to the system at once: a killed process leaves at most a torn last one.
     """
 
-    def __init__(self, output_dir: Path, *, resume_step: int | None) -> None:
+    def __init__(self, output_dir: Path, *, resume_step: int | None, scored_epochs: Collection[int]) -> None:
         """Opens the history of a run.
 
         output_dir: existing folder.
-        resume_step: the step the run goes on from; what an earlier attempt wrote of later steps is dropped. None for a
-            new run, which drops everything.
+        resume_step: the step that the run resumes from. Records of later steps are dropped; None drops all.
+        scored_epochs: epochs whose scores are known. Records of other evaluations are dropped: they are repeated.
         Raises OSError naming the file where it cannot be written.
         """
         self._path = output_dir / "metrics.jsonl"
-        write_atomically(self._path, "".join(line + "\n" for line in _lines_until(self._path, resume_step)).encode())
+        kept = _lines_until(self._path, resume_step, scored_epochs)
+        write_atomically(self._path, "".join(line + "\n" for line in kept).encode())
         self._file = self._path.open("ab", buffering=0)
         self._plots_dir = output_dir / "tensorboard"
         self._tensorboard = SummaryWriter(
@@ -113,10 +114,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lines_until(path: Path, step: int | None) -> list[str]:
+def _lines_until(path: Path, step: int | None, scored_epochs: Collection[int]) -> list[str]:
     if step is None or not path.exists():
         return []
-    return [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
+    return [
+        json.dumps(record)
+        for record in read_metrics(path)
+        if record["step"] <= step and (record.get("kind") != "eval" or record["epoch"] in scored_epochs)
+    ]
 
 
 @contextmanager

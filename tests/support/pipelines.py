@@ -34,14 +34,7 @@ UNCHANGED = Augmentation(
     flip_probability=0.0,
 )
 SSD_CROP = replace(UNCHANGED, crop_min_ious=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9))
-SSD = replace(
-    SSD_CROP,
-    brightness=(0.875, 1.125),
-    contrast=(0.5, 1.5),
-    saturation=(0.5, 1.5),
-    hue_degrees=18.0,
-    flip_probability=0.5,
-)
+SSD = Augmentation()
 
 
 def grid_anchors() -> torch.Tensor:
