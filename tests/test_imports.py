@@ -34,7 +34,9 @@ ROOMS = (
 )
 OWNERS = {
     "horovod": {"ssd_fast/distributed/world.py"},
-    "nvidia": {f"dali_pipelines/{name}.py" for name in ("train", "evaluate", "loader", "box_encoder")},
+    "nvidia": {
+        f"dali_pipelines/{name}.py" for name in ("train", "coco_reader", "augment", "evaluate", "loader", "box_encoder")
+    },
     "pycocotools": {"ssd_fast/evaluation/coco_eval.py"},
     "hotcoco": {"ssd_fast/evaluation/coco_eval.py"},
     "apex": {"ssd_fast/training/optim.py"},

@@ -12,6 +12,7 @@ from dali_pipelines.batch import LabelledImages
 from dali_pipelines.evaluate import EvalLoader
 from dali_pipelines.train import Encode, TrainLoader
 from kernels.boxes import cxcywh_to_ltrb
+from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
 from ssd_fast.config import Config
 from ssd_fast.data.coco import CocoSet, load_coco
 from ssd_fast.data.policy import DataError
@@ -68,6 +69,7 @@ def loader_arguments(
     return {
         "images": coco_set.images,
         "anchors_ltrb": cxcywh_to_ltrb(anchors_cxcywh).numpy(),
+        "variances": (CENTRE_VARIANCE, SIZE_VARIANCE),
         "encode": make_encode(config, anchors_cxcywh.to(device)),
         "image_size": config.model.image_size,
         "batch_size": config.training.batch_size,

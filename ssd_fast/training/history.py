@@ -96,7 +96,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl, in order. A line that is not one (torn by a killed process) is left out with a warning."""
+    """Records of a metrics.jsonl, in order. Incomplete lines, of a killed process, are left out with a warning."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
