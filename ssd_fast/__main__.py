@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ssd_fast.config import Config, DistributedConfig
+from ssd_fast import exit_status
+from ssd_fast.config import Config
 from ssd_fast.recipe import load_config
-
-NOT_REACHED = 3  # exit status of `evaluate --target`; 1 is an error, 2 a mistyped command
 
 # Verbs import what they need when they run: help and a mistyped recipe do not wait for torch.
 
@@ -80,7 +79,10 @@ def evaluate(
     target: Annotated[
         float | None,
         typer.Option(
-            min=-1, max=1, help=f"COCO mAP to reach, else the exit status is {NOT_REACHED}.", show_default=False
+            min=-1,
+            max=1,
+            help=f"COCO mAP to reach, else the exit status is {exit_status.NOT_REACHED}.",
+            show_default=False,
         ),
     ] = None,
     overrides: SetOption = None,
@@ -89,54 +91,25 @@ def evaluate(
     start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
 
-    from ssd_fast import hardware, progress, timing
-    from ssd_fast.data import annotations as annotations_module
-    from ssd_fast.data import coco as dataset
-    from ssd_fast.data import loaders
-    from ssd_fast.distributed import world as distributed
+    from ssd_fast import progress
     from ssd_fast.evaluation import coco_eval
-    from ssd_fast.evaluation import detector as inference
+    from ssd_fast.evaluation import evaluate as evaluation
 
     progress.setup_logging(None)
-    with distributed.connect(given.distributed if given else DistributedConfig()) as world:
-        device = world.device()
-        categories = annotations_module.read_categories(data / given.data.val_annotations) if given else None
-        detector, recipe = inference.load_detector(
-            checkpoint, device, config=given, overrides=overrides or (), categories=categories
-        )
-        val_set = dataset.load_coco(
-            data / recipe.data.val_annotations,
-            data / recipe.data.val_images,
-            only_annotated=only_annotated,
-            bad_images=recipe.data.bad_images,
-            bad_boxes=recipe.data.bad_boxes,
-        )
-        loader = loaders.make_eval_loader(recipe, val_set.images, device, world=world)
-        timeline = timing.Timeline(device, start_s)
-        timeline.settle("load")
-        batches = progress.track(loader, "evaluating", total=len(loader))
-        table = detector.detect_set(batches, val_set, world, timeline)
-        timeline.settle("collecting")
-    if not world.is_main:
+    found = evaluation.evaluate(
+        checkpoint, data, config=given, overrides=overrides or (), only_annotated=only_annotated, start_s=start_s
+    )
+    if found is None:
         return
-    category_ids = detector.category_ids_in(val_set).tolist()
-    scores = coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)
-    timeline.settle("scoring")
     if output is not None:
-        coco_eval.write_results(table, output)
+        coco_eval.write_results(found.table, output)
     if with_timing:
-        size = recipe.model.image_size
-        name, dtype = hardware.device_name(device, world.cores), str(detector.dtype).removeprefix("torch.")
-        print(f"{name}, {dtype}, {size} x {size} pixels")
-        report = timing.format_report(
-            timeline.parts(), num_images=len(val_set.images.file_names), batch_size=recipe.evaluation.batch_size
-        )
-        print(report, end="\n\n")
-    print(coco_eval.format_scores(scores, per_class=per_class))
+        print(evaluation.format_timing(found), end="\n\n")
+    print(coco_eval.format_scores(found.scores, per_class=per_class))
     if target is not None:
-        reached = scores.map >= target
-        print(f"mAP {scores.map:.5f}, target {target:g}: {'reached' if reached else 'not reached'}")
-        raise typer.Exit(0 if reached else NOT_REACHED)
+        reached = found.scores.map >= target
+        print(f"mAP {found.scores.map:.5f}, target {target:g}: {'reached' if reached else 'not reached'}")
+        raise typer.Exit(0 if reached else exit_status.NOT_REACHED)
 
 
 @app.command()
@@ -158,22 +131,20 @@ def detect(
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress, timing
-    from ssd_fast.data import annotations as annotations_module
-    from ssd_fast.data import images as images_module
-    from ssd_fast.distributed import world as distributed
-    from ssd_fast.evaluation import detector as inference
-    from ssd_fast.evaluation.predict import detect_images
+    from ssd_fast.evaluation.predict import detect_files
 
     progress.setup_logging(None)
-    device = distributed.World().device()
-    categories = annotations_module.read_categories(annotations) if annotations else None
-    detector, recipe = inference.load_detector(
-        checkpoint, device, config=given, overrides=overrides or (), categories=categories
+    found = detect_files(
+        checkpoint,
+        images,
+        output,
+        config=given,
+        overrides=overrides or (),
+        annotations=annotations,
+        drawn_score=drawn_score,
     )
-    found = images_module.find_images(images, bad_images=recipe.data.bad_images)
-    timeline = detect_images(detector, recipe, found, output, device=device, drawn_score=drawn_score)
-    print(timing.format_line(timeline.parts(), num_images=len(found.file_names)))
-    print(f"{len(found.file_names)} images: annotated copies and detections.json are in {output}")
+    print(timing.format_line(found.parts, num_images=found.num_images))
+    print(f"{found.num_images} images: annotated copies and detections.json are in {output}")
 
 
 @app.command()
@@ -192,24 +163,14 @@ def export(
 ) -> None:
     """Write a detector as ONNX; where onnxruntime is installed, compare it with PyTorch before."""
     given = load_config(config, overrides or ()) if config else None
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: expected a file in a folder that exists")
 
-    import torch
+    from ssd_fast.evaluation.export import export_onnx
 
-    from ssd_fast import files
-    from ssd_fast.data import annotations as annotations_module
-    from ssd_fast.evaluation import detector as inference
-    from ssd_fast.evaluation.export import check_onnx, to_onnx
-
-    categories = annotations_module.read_categories(annotations) if annotations else None
-    detector, _ = inference.load_detector(
-        checkpoint, torch.device("cpu"), config=given, overrides=overrides or (), categories=categories
+    made = export_onnx(
+        checkpoint, output, config=given, overrides=overrides or (), annotations=annotations, with_decode=with_decode
     )
-    content = to_onnx(detector, with_decode=with_decode)
-    checked = check_onnx(content, detector, with_decode=with_decode)
-    files.write_atomically(output, content)
-    print(f"{output}: {len(content) / 1e6:.1f} MB; {checked or 'not compared with PyTorch: onnxruntime is missing'}")
+    agreement = made.agreement or "not compared with PyTorch: onnxruntime is missing"
+    print(f"{output}: {made.num_bytes / 1e6:.1f} MB; {agreement}")
 
 
 class Stage(enum.StrEnum):
@@ -409,45 +370,25 @@ def benchmark(
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress
-    from ssd_fast.data import annotations as annotations_module
-    from ssd_fast.data import coco as dataset
-    from ssd_fast.distributed import world as distributed
     from ssd_fast.evaluation import coco_eval
-    from ssd_fast.evaluation import detector as inference
-    from ssd_fast.loadgen import run as loadgen
+    from ssd_fast.loadgen import logs
+    from ssd_fast.loadgen.run import benchmark as run_benchmark
 
     progress.setup_logging(None)
-    device = distributed.World().device()
-    categories = annotations_module.NUMBERED_CATEGORIES
-    if data is not None and given is not None:
-        categories = annotations_module.read_categories(data / given.data.val_annotations)
-    if checkpoint is not None:
-        detector, recipe = inference.load_detector(
-            checkpoint, device, config=given, overrides=overrides or (), categories=categories
-        )
-    elif given is not None:
-        detector, recipe = inference.make_random_detector(given, categories, device), given
-    else:
-        raise ValueError("expected --checkpoint, or --config for a network of random weights")
-    val_set = None
-    if data is not None:
-        val_set = dataset.load_coco(
-            data / recipe.data.val_annotations,
-            data / recipe.data.val_images,
-            bad_images=recipe.data.bad_images,
-            bad_boxes=recipe.data.bad_boxes,
-        )
-    mode: loadgen.Mode = "accuracy" if accuracy else "find-load" if find_load else "performance"
-    measured = loadgen.run(
-        detector, recipe, scenario=scenario.value, mode=mode, coco_set=val_set, output=output, device=device
+    measured = run_benchmark(
+        checkpoint,
+        data,
+        output,
+        scenario=scenario.value,
+        mode="accuracy" if accuracy else "find-load" if find_load else "performance",
+        config=given,
+        overrides=overrides or (),
     )
-    print(loadgen.format_measured(measured, recipe.benchmark))
-    if accuracy and val_set is not None:
-        table = loadgen.read_accuracy_log(output / loadgen.ACCURACY_LOG, val_set)
-        category_ids = detector.category_ids_in(val_set).tolist()
-        print(coco_eval.format_scores(coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)))
+    print(logs.format_measured(measured))
+    if measured.scores is not None:
+        print(coco_eval.format_scores(measured.scores))
     if not measured.is_valid():
-        raise typer.Exit(1)
+        raise typer.Exit(exit_status.INVALID)
 
 
 @app.command()

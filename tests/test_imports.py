@@ -13,6 +13,7 @@ from repository import REPOSITORY
 ROOMS = (
     "kernels",
     "dali_pipelines",
+    "ssd_fast.exit_status",
     "ssd_fast.files",
     "ssd_fast.tables",
     "ssd_fast.parts",
@@ -35,7 +36,8 @@ ROOMS = (
 OWNERS = {
     "horovod": {"ssd_fast/distributed/world.py"},
     "nvidia": {
-        f"dali_pipelines/{name}.py" for name in ("train", "coco_reader", "augment", "evaluate", "loader", "box_encoder")
+        f"dali_pipelines/{name}.py"
+        for name in ("train", "coco_reader", "augment", "arrays", "evaluate", "loader", "box_encoder")
     },
     "pycocotools": {"ssd_fast/evaluation/coco_eval.py"},
     "hotcoco": {"ssd_fast/evaluation/coco_eval.py"},

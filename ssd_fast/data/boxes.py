@@ -1,4 +1,4 @@
-"""The two notations of a box: COCO's files use left, top, width and height; this program computes with corners."""
+"""The two ways to write a box: COCO's files hold left, top, width and height; this program computes with corners."""
 
 import numpy as np
 
