@@ -30,7 +30,7 @@ START_S, RUN_S = 120, 240  # of waiting, at most: other tests may keep the cores
 # Also what serves the rendezvous.
 STAND_IN = """\
 #!/bin/bash
-if [[ $2 == ssd_fast.distributed.world ]]; then
+if [[ $2 == ssd_fast.distributed.slurm ]]; then
     echo 4711
     exec cat
 fi
