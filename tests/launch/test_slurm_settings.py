@@ -143,6 +143,7 @@ def test_tasks_in_unequal_blocks_are_refused(stand_in: dict[str, str]) -> None:
         ),
         ("[system]\nnodes = 2", "{recipe}: [system]: expected nodes and gpus_per_node, each a whole number from 1"),
         ("[system]\nnodes = 2 1\ngpus_per_node = 0", "{recipe}: [system]: expected nodes and gpus_per_node, each"),
+        ("[system]\n", "SEED=x: expected a whole number"),
         ("[data]\nnodes = 2\ngpus_per_node = 3", "SEED=x: expected a whole number"),
     ],
 )
