@@ -58,8 +58,8 @@ def find_toolkit(wanted: str | None) -> Toolkit:
         raise ToolkitError("this PyTorch was built without CUDA")
     on_path = shutil.which("nvcc")
     places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", on_path and Path(on_path).resolve().parents[1]]
-    for place in filter(None, places):
-        found = toolkit_in(Path(place))
+    for place in places:
+        found = toolkit_in(Path(place)) if place else None
         if found is None:
             continue
         if _major(found.version) != _major(wanted):

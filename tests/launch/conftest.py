@@ -1,8 +1,11 @@
-"""A stand-in for the training, which shows what run.slurm starts."""
+"""A stand-in for the training that run.slurm starts, and a server for the download scripts."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from downloads import ANNOTATIONS, TRAIN, VAL, Server
 
 # In the place of Python: prints what a task is and got; with WAIT it then waits for a TERM, and marks the run as saved.
 # It also serves the rendezvous.
@@ -41,3 +44,27 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     recipe.touch()
     folders = {"DATADIR": str(tmp_path / "data"), "LOGDIR": str(tmp_path / "logs")}
     return folders | {"SYSTEM": str(recipe), "VENV": str(tmp_path / "environment"), "IFACE": "lo"}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with contextlib.closing(Server()) as server:
+        yield server
+
+
+@pytest.fixture
+def here(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a space in its name, and an environment in which the scripts ask the server."""
+    (tmp_path / "manifest").write_text(server.manifest(ANNOTATIONS, VAL, TRAIN))
+    for name, value in {
+        "SSD_FAST_COCO_URL": server.url,
+        "SSD_FAST_COCO_MANIFEST": str(tmp_path / "manifest"),
+        "SSD_FAST_MODEL_URL": server.url,
+        "no_proxy": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SSD_FAST_MODEL_MANIFEST", raising=False)
+    directory = tmp_path / "my data"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
