@@ -21,7 +21,7 @@ from ssd_fast.training.history import read_metrics
 SCRIPT = REPOSITORY / "run.slurm"
 RANKS = ("-N2", "-n4")  # two nodes with two each
 STEPS = 8  # two epochs of four: 64 images, a global batch of 16
-START_S, RUN_S = 120, 240  # longest waits: other tests may keep the cores busy
+START_S, RUN_S = 300, 900  # longest waits: other tests may keep the cores busy
 
 
 @pytest.fixture(scope="module")
