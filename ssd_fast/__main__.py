@@ -47,13 +47,14 @@ def train(
     """Train a detector; checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
+    from ssd_fast.distributed import slurm
     from ssd_fast.distributed import world as distributed
     from ssd_fast.training.run import train as train_run
 
     with distributed.connect(recipe.distributed) as world:
         outcome = train_run(recipe, data, output, resume=resume, world=world)
     if outcome.stopped_by:
-        raise typer.Exit(0 if distributed.launched_by_slurm() else 128 + outcome.stopped_by)
+        raise typer.Exit(0 if slurm.launched_by_slurm() else 128 + outcome.stopped_by)
     if not world.is_main:
         return
     target = recipe.evaluation.target_map

@@ -34,7 +34,7 @@ ROOMS = (
     "ssd_fast.__main__",
 )
 OWNERS = {
-    "horovod": {"ssd_fast/distributed/world.py"},
+    "horovod": {"ssd_fast/distributed/horovod.py", "ssd_fast/distributed/slurm.py"},
     "nvidia": {
         f"dali_pipelines/{name}.py"
         for name in ("train", "coco_reader", "augment", "arrays", "evaluate", "loader", "box_encoder")
