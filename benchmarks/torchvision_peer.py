@@ -33,7 +33,7 @@ from torchvision_training import (
 )
 
 from dali_pipelines.synthetic import SyntheticTrainLoader
-from ssd_fast.config import Config, load_config
+from ssd_fast.config import Config
 from ssd_fast.data.loaders import load_sets, make_train_loader
 from ssd_fast.distributed.world import World, launched_by_slurm
 from ssd_fast.files import write_atomically
@@ -41,6 +41,7 @@ from ssd_fast.hardware import compute_dtype, device_name, input_threads, usable_
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
+from ssd_fast.recipe import load_config
 from ssd_fast.training.step import Trainer
 
 MEASURES = {"input": "input alone", "step": "step alone", "both": "both together"}

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ssd_fast.config import Config, DistributedConfig, load_config
+from ssd_fast.config import Config, DistributedConfig
+from ssd_fast.recipe import load_config
 
 NOT_REACHED = 3  # exit status of `evaluate --target`; 1 is an error, 2 a mistyped command
 

@@ -1,27 +1,19 @@
-"""A run is one complete configuration: TOML recipes read into frozen, validated classes.
+"""The configuration of a run: frozen, validated classes, one for each section of a recipe.
 
-A recipe may name one other as its `base` and hold only the keys that differ. Values that follow from others (grid
-sizes, the learning rate of a step) are functions, never keys.
+Every key has its default here and nowhere else; the defaults are the SSD300 recipe of MLPerf Training. Values that
+follow from others (grid sizes, the learning rate of a step) are functions, never keys.
 """
 
 import math
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Range = tuple[PositiveFloat, PositiveFloat]
 Percentile = Literal[50, 90, 95, 97, 99]
-
-
-class ConfigError(ValueError):
-    """A recipe that cannot be run; the message names the file, the key, its value and what was expected."""
 
 
 class _Section(BaseModel):
@@ -31,35 +23,42 @@ class _Section(BaseModel):
         strict=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
+        validate_default=True,
         protected_namespaces=(),
     )
 
 
 class ModelConfig(_Section):
-    """Network and anchors; feature maps, anchors and heads all follow from these keys."""
+    """The network and its anchors. Feature maps, anchors and heads follow from these keys."""
 
-    image_size: Annotated[int, Field(ge=64)]
+    image_size: Annotated[int, Field(ge=64)] = 300
     """Width and height of the network's input, pixels."""
-    backbone: Literal["resnet18", "resnet34", "resnet50"]
-    """torchvision ResNet, used up to layer3, whose first block has stride 1."""
-    backbone_weights: Annotated[str, Field(min_length=1)]
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet34"
+    """Name of the torchvision ResNet. It is cut after layer3, whose first block gets stride 1."""
+    backbone_weights: Annotated[str, Field(min_length=1)] = "imagenet"
     """"imagenet" (torchvision's, downloaded once), "none", or the path of a state dict of that ResNet."""
     initial_checkpoint: Annotated[str, Field(min_length=1)] | None = None
-    """Path of a detector to fine-tune (a checkpoint of this program, or weights of the MLPerf reference), in place of
-    backbone_weights; heads of other classes are initialised anew."""
-    extra_channels: tuple[tuple[PositiveInt, PositiveInt], ...]
-    """Per extra block: channels of its 1x1 and of its 3x3 convolution."""
-    extra_strides: tuple[PositiveInt, ...]
-    """Per extra block: stride of the 3x3 convolution."""
-    extra_paddings: tuple[Annotated[int, Field(ge=0)], ...]
-    """Per extra block: padding of the 3x3 convolution."""
-    head_stride: PositiveInt
+    """Path of a detector to fine-tune: a checkpoint of ssd_fast or weights of the MLPerf reference. It replaces
+    backbone_weights. Heads of other classes are initialised afresh."""
+    extra_channels: tuple[tuple[PositiveInt, PositiveInt], ...] = (
+        (256, 512),
+        (256, 512),
+        (128, 256),
+        (128, 256),
+        (128, 256),
+    )
+    """Output channels of the 1x1 and the 3x3 convolution of each extra block."""
+    extra_strides: tuple[PositiveInt, ...] = (2, 2, 2, 1, 1)
+    """Stride of the 3x3 convolution of each extra block."""
+    extra_paddings: tuple[Annotated[int, Field(ge=0)], ...] = (1, 1, 1, 0, 0)
+    """Padding of the 3x3 convolution of each extra block."""
+    head_stride: PositiveInt = 1
     """Stride of every 3x3 head convolution (padding 1): 1 for training at 300, 3 for the benchmark at 1200."""
-    anchor_steps: tuple[PositiveFloat, ...]
-    """Per level: distance between anchor centres, pixels of the network's input."""
-    anchor_scales: tuple[PositiveFloat, ...]
-    """Anchor sizes in pixels, one per level and one more for the last level's geometric mean."""
-    aspect_ratios: tuple[tuple[PositiveFloat, ...], ...]
+    anchor_steps: tuple[PositiveFloat, ...] = (8, 16, 32, 64, 100, 300)
+    """Distance between anchor centres on each level, pixels of the network's input."""
+    anchor_scales: tuple[PositiveFloat, ...] = (21, 45, 99, 153, 207, 261, 315)
+    """Anchor size of each level, pixels, and one more, which enters the geometric mean of the last level."""
+    aspect_ratios: tuple[tuple[PositiveFloat, ...], ...] = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
     """Per level: ratios a other than 1; each gives an a:1 and a 1:a anchor."""
 
     @model_validator(mode="after")
@@ -119,57 +118,58 @@ def _conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 
 class DataConfig(_Section):
-    """Where images come from. Paths are relative to the data folder of the command line (COCO's own layout)."""
+    """The data set and the input pipeline. Paths are relative to the folder given by --data."""
 
-    train_images: str
+    train_images: str = "train2017"
     """Folder of the training images."""
-    train_annotations: str
+    train_annotations: str = "annotations/instances_train2017.json"
     """COCO instances JSON of the training images."""
-    val_images: str
+    val_images: str = "val2017"
     """Folder of the validation images."""
-    val_annotations: str
+    val_annotations: str = "annotations/instances_val2017.json"
     """COCO instances JSON of the validation images."""
     classes: tuple[str, ...] | None = None
-    """Names of the categories to learn, in label order; left out, all categories of the annotation file."""
-    train_on_crowds: bool
-    """Whether boxes with iscrowd = 1 are ground truths in training."""
-    bad_images: Literal["error", "skip"]
-    """What a missing or undecodable image does: end the run, or be left out with a counted warning."""
-    bad_boxes: Literal["error", "skip"]
-    """What a box without area or outside its image does: end the run, or be left out with a counted warning."""
-    num_threads: Annotated[int, Field(ge=0)]
-    """CPU threads of the input pipeline of each rank; 0 is one more than the cores that the process may use."""
-    prefetch_batches: PositiveInt
+    """Names of the classes to learn, in label order. Unset: all categories of the annotation file."""
+    train_on_crowds: bool = False
+    """Use boxes with iscrowd = 1 as ground truths in training."""
+    bad_images: Literal["error", "skip"] = "error"
+    """Reaction to a missing or undecodable image: "error" ends the run, "skip" leaves the image out and reports it."""
+    bad_boxes: Literal["error", "skip"] = "skip"
+    """Reaction to a box without area inside its image: "error" ends the run, "skip" leaves it out and reports it."""
+    num_threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the input pipeline of each rank; 0 means one more than the rank's cores."""
+    prefetch_batches: PositiveInt = 2
     """Batches prepared ahead of the training step."""
     hw_decoder_load: Fraction = 0.9
-    """Share of the JPEG images that a GPU's hardware decoder takes, where there is one (from A100 and H100 on)."""
+    """Share of the JPEG images that the GPU's hardware decoder takes, on GPUs that have one (A100, H100 and later)."""
     box_encoder: Literal["auto", "dali", "kernels"] = "auto"
-    """Who turns boxes into targets: DALI, in the pipeline, or this project's operator, which decides between anchors of
-    equal IoU as the MLPerf reference does; "auto" takes the faster one of the device."""
+    """Encoder of the targets: "dali" runs in the pipeline; "kernels" is this project's operator, which breaks ties
+    between anchors of equal IoU as the MLPerf reference does; "auto" is "kernels" on a CPU and "dali" on a GPU."""
 
 
 class AugmentationConfig(_Section):
-    """Random changes of training images (SSD crop and photometric distortion)."""
+    """Random changes of training images: SSD crop, colour changes, flip."""
 
-    crop_min_ious: tuple[Fraction, ...]
-    """The crop's options: every kept box must overlap it by at least this IoU; 0 leaves the crop unconstrained."""
-    crop_allow_none: bool
-    """Whether "no crop" is one more option, as likely as each of crop_min_ious."""
-    crop_sides: tuple[Fraction, Fraction]
-    """Range of the crop's width and height, fractions of the image's."""
-    crop_aspect: Range
-    """Range of the crop's width / height, both taken as fractions."""
-    crop_attempts: PositiveInt
-    """Crops tried per option before another option is drawn."""
-    brightness: Range
+    crop_min_ious: tuple[Fraction, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+    """Options of the crop, drawn with equal chance: every box that is kept overlaps the crop by at least this IoU; 0 is
+    no condition."""
+    crop_allow_none: bool = True
+    """Make "no crop" one more option, as likely as each of crop_min_ious."""
+    crop_sides: tuple[Fraction, Fraction] = (0.3, 1.0)
+    """Range of the crop's width and height, as fractions of the image's."""
+    crop_aspect: Range = (0.5, 2.0)
+    """Range of the crop's aspect: width / height, both as fractions of the image's."""
+    crop_attempts: PositiveInt = 1
+    """Crops tried for an option before another option is drawn."""
+    brightness: Range = (0.875, 1.125)
     """Range of the brightness factor."""
-    contrast: Range
+    contrast: Range = (0.5, 1.5)
     """Range of the contrast factor."""
-    saturation: Range
+    saturation: Range = (0.5, 1.5)
     """Range of the saturation factor."""
-    hue_degrees: Annotated[float, Field(ge=0, le=180)]
-    """Largest rotation of the hue, degrees, either way."""
-    flip_probability: Fraction
+    hue_degrees: Annotated[float, Field(ge=0, le=180)] = 18.0
+    """Largest rotation of the hue in either direction, degrees."""
+    flip_probability: Fraction = 0.5
     """Chance of a horizontal flip."""
 
     @model_validator(mode="after")
@@ -184,25 +184,28 @@ class AugmentationConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """SGD and its schedule."""
+    """SGD and its learning-rate schedule."""
 
-    learning_rate: PositiveFloat
-    """Learning rate for a global batch of 32; the effective one grows with the global batch."""
-    learning_rate_quantum: Annotated[float, Field(ge=0)]
-    """The effective learning rate is rounded to a multiple of this, at least one; 0 does not round."""
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    weight_decay_on_norm_and_bias: bool
-    """Whether BatchNorm parameters and biases decay too, as in the published recipes."""
-    warmup_steps: Annotated[int, Field(ge=0)]
+    learning_rate: PositiveFloat = 2.5e-3
+    """Learning rate for a global batch of 32; it is scaled in proportion to the global batch."""
+    learning_rate_quantum: Annotated[float, Field(ge=0)] = 2.5e-3
+    """The scaled learning rate is rounded to a multiple of this, at least one; 0 turns rounding off."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 penalty on the weights."""
+    weight_decay_on_norm_and_bias: bool = True
+    """Apply weight decay to BatchNorm parameters and biases too, as the published recipes do."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 300
     """Steps of linear warm-up from 0."""
-    decay_epochs: tuple[PositiveFloat, ...]
+    decay_epochs: tuple[PositiveFloat, ...] = (44, 55)
     """Epochs after which the learning rate is multiplied by decay_factor."""
-    decay_factor: Annotated[float, Field(gt=0, le=1)]
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor by which the learning rate falls after each of decay_epochs."""
     clip_norm: PositiveFloat | None = None
-    """Largest L2 norm of the gradient; left out, no clipping."""
+    """Largest L2 norm of the gradient. Unset: no clipping."""
     implementation: Literal["torch", "apex"] = "torch"
-    """Whose fused SGD it is, PyTorch's or NVIDIA apex's (GPU only)."""
+    """Fused SGD of PyTorch, or of NVIDIA apex (GPU only)."""
 
     @model_validator(mode="after")
     def _epochs_ascend(self) -> Self:
@@ -227,65 +230,74 @@ class OptimizerConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """The loop."""
+    """The training loop and its checkpoints."""
 
-    epochs: PositiveInt
-    """Most epochs to train."""
-    batch_size: PositiveInt
-    """Images per step on each rank."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)]
-    """Of weights, shuffling and augmentation."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"]
-    """Arithmetic of the network; "auto" is fp32 on a CPU, bf16 on a GPU that has it, else fp16 with loss scaling."""
-    log_every_steps: PositiveInt
-    """Steps between two readings of the metrics (the only moments at which the host waits for the device)."""
-    max_nonfinite_steps: Annotated[int, Field(ge=0)]
-    """Steps in a row with a loss that is not finite that the run survives; they leave the weights as they were."""
-    checkpoint_every_epochs: PositiveInt
-    """Epochs between checkpoints; there is one after every evaluation, too."""
+    epochs: PositiveInt = 80
+    """Largest number of epochs; training stops earlier at evaluation.target_map."""
+    batch_size: PositiveInt = 32
+    """Images in a step of each rank; the global batch is this times the number of ranks."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the initial weights, shuffling and augmentation."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Number format of the network. "auto" is fp32 on a CPU, bf16 on a GPU that has it, else fp16 with loss scaling."""
+    log_every_steps: PositiveInt = 20
+    """Steps between two readings of the losses, the only moments at which the host waits for the device."""
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 20
+    """Consecutive steps with a non-finite loss that the run survives. Such steps do not change the weights."""
+    checkpoint_every_epochs: PositiveInt = 1
+    """Epochs between checkpoints. Every evaluation is followed by a checkpoint as well."""
     checkpoint_every_steps: PositiveInt | None = None
-    """Steps between checkpoints within an epoch; left out, none."""
-    keep_checkpoints: PositiveInt
-    """Newest checkpoints kept, besides the best."""
+    """Steps between checkpoints within an epoch. Unset: none."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoints that are kept, besides the best."""
 
 
 class EvaluationConfig(_Section):
     """When and how a model is scored."""
 
-    epochs: tuple[PositiveInt, ...]
-    """Epochs after which the model is evaluated, besides the run's last; those beyond it are not reached."""
-    target_map: Fraction
-    """COCO mAP at which training stops; 1 lets it go on to its last epoch."""
-    batch_size: PositiveInt
-    """Images per evaluation batch on each rank."""
+    epochs: tuple[PositiveInt, ...] = (33, 44, 50, 55, 61, 66, 71, 77)
+    """Epochs after which the model is evaluated. The last epoch of a run is always evaluated."""
+    target_map: Fraction = 0.23
+    """COCO mAP at which training stops; 1 trains to the last epoch."""
+    batch_size: PositiveInt = 32
+    """Images in an evaluation batch of each rank."""
 
 
 class DetectionConfig(_Section):
-    """From predictions to boxes."""
+    """Decoding of predictions and non-maximum suppression."""
 
-    score_threshold: Fraction
-    """Detections at or under this probability are dropped."""
-    iou_threshold: Fraction
-    """Non-maximum suppression drops a box that overlaps a better one of its class by this IoU or more."""
-    max_per_class: PositiveInt
-    """Best boxes of a class that enter suppression."""
-    max_detections: PositiveInt
-    """Best boxes of an image that are kept."""
+    score_threshold: Fraction = 0.05
+    """Detections at or below this probability are dropped."""
+    iou_threshold: Fraction = 0.5
+    """Non-maximum suppression drops a box that overlaps a better box of its class by this IoU or more."""
+    max_per_class: PositiveInt = 200
+    """Number of best boxes of a class that enter non-maximum suppression."""
+    max_detections: PositiveInt = 200
+    """Number of best detections of an image that are kept."""
+
+
+class SystemConfig(_Section):
+    """The machines that a recipe was written for. Unset: any."""
+
+    nodes: PositiveInt | None = None
+    """Number of nodes that run.slurm expects."""
+    gpus_per_node: PositiveInt | None = None
+    """GPUs of each node; each GPU has one rank."""
 
 
 class DistributedConfig(_Section):
-    """How several processes train together; one alone has no use for it."""
+    """Training on several ranks. A single process ignores these keys."""
 
     fp16_compression: bool = False
-    """Whether gradients travel as float16; their means are then less exact."""
+    """Send gradients as float16: half the traffic, less exact means."""
     gradient_predivide: PositiveFloat = 1.0
-    """Gradients are divided by this before they are added up over the ranks, and by size / this after it, so that
-    float16 does not overflow. Unless 1, the last bits of a sum over more than two ranks depend on timing."""
+    """Divisor of gradients before they are summed over the ranks; afterwards they are divided by ranks / this, so that
+    float16 does not overflow. Unless it is 1, the last bits of a sum over more than two ranks depend on timing."""
     batch_norm_group: Literal[1, 2, 4, 8] = 1
-    """Neighbouring ranks over which BatchNorm takes its statistics (apex's groupbn; GPUs of one node, fp16): for few
-    images per rank."""
+    """Number of neighbouring ranks that share BatchNorm statistics, for small batches per rank. Above 1 it needs apex's
+    groupbn, fp16, and GPUs of one node."""
     timeout_s: Annotated[float, Field(ge=5)] = 300.0
-    """Seconds after which a rank that is lost or hangs ends the run."""
+    """Seconds after which a lost or hanging rank ends the run."""
 
 
 class BenchmarkConfig(_Section):
@@ -295,144 +307,47 @@ class BenchmarkConfig(_Section):
     """
 
     performance_samples: PositiveInt = 64
-    """Images that are held in memory and asked for at random when performance is measured."""
+    """Number of images held in memory, from which LoadGen draws at random in a performance run."""
     min_duration_s: Annotated[float, Field(ge=0)] = 600.0
-    """Least duration of a valid run, seconds."""
+    """Shortest duration of a valid run, seconds."""
     single_stream_min_queries: PositiveInt = 1024
-    """Least number of queries, one image each and one at a time."""
+    """SingleStream: least number of queries, of one image each."""
     single_stream_percentile: Percentile = 90
-    """Percentile of the latency that is the result."""
+    """SingleStream: percentile of the latency that is reported."""
     multi_stream_min_queries: PositiveInt = 270336
-    """Least number of queries, one at a time."""
+    """MultiStream: least number of queries."""
     multi_stream_samples: PositiveInt = 8
-    """Images of a query; they are one batch."""
+    """MultiStream: images in a query, which are one batch."""
     multi_stream_percentile: Percentile = 99
-    """Percentile of a query's latency that is the result."""
+    """MultiStream: percentile of the latency of a query that is reported."""
     server_min_queries: PositiveInt = 270336
-    """Least number of queries, one image each, which come at random times."""
+    """Server: least number of queries, of one image each, which arrive at random times."""
     server_percentile: Percentile = 99
-    """Percentile of the latency that must not exceed the bound."""
+    """Server: percentile of the latency that must stay within server_latency_ms."""
     server_latency_ms: PositiveFloat = 100.0
-    """The bound, milliseconds."""
+    """Server: bound on the latency, milliseconds."""
     server_qps: PositiveFloat = 1.0
-    """Queries a second: the load that a run claims, and the one from which --find-load goes up."""
+    """Server: load of a run, queries per second; --find-load searches upwards from it."""
     server_batch_size: PositiveInt = 8
-    """Most queries that are computed together; twice the time of such a batch should lie within the bound."""
+    """Server: largest batch. Twice its time should lie within server_latency_ms."""
     offline_min_samples: PositiveInt = 24576
-    """Least number of images, all in one query."""
+    """Offline: least number of images, all in one query."""
     offline_batch_size: PositiveInt = 32
-    """Images that are computed together."""
+    """Offline: images in a batch."""
     offline_qps: PositiveFloat | None = None
-    """Expected images a second, from which follows how many there are; left out, measured before."""
+    """Offline: expected images per second, which determines the number of images. Unset: measured beforehand."""
 
 
 class Config(_Section):
-    """A whole run."""
+    """The configuration of a run: one field for each section of a recipe."""
 
-    model: ModelConfig
-    data: DataConfig
-    augmentation: AugmentationConfig
-    optimizer: OptimizerConfig
-    training: TrainingConfig
-    evaluation: EvaluationConfig
-    detection: DetectionConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    detection: DetectionConfig = DetectionConfig()
+    system: SystemConfig = SystemConfig()
     distributed: DistributedConfig = DistributedConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The validated configuration of a recipe.
-
-    path: TOML file; its top-level key `base` may name another, relative to it, which has no `base` of its own.
-    overrides: "section.key=value" each, the value in TOML's own notation (a bare word is a string).
-    Raises ConfigError, which lists every key that is unknown, missing, ill-typed or in contradiction with another.
-    """
-    values = _read_toml(path)
-    base = values.pop("base", None)
-    if base is not None:
-        base_path = path.parent / str(base)
-        base_values = _read_toml(base_path)
-        if "base" in base_values:
-            raise ConfigError(
-                f"{base_path}: base = {base_values['base']!r}: the base of {path} may not have a base itself"
-            )
-        values = _merge(base_values, values)
-    return validate_config(values, source=str(path), overrides=overrides)
-
-
-def override_config(config: Config, overrides: Sequence[str], *, source: str) -> Config:
-    """The configuration with some keys changed, as `load_config` does; source is named in errors."""
-    return validate_config(config.model_dump(exclude_none=True), source=source, overrides=overrides)
-
-
-def validate_config(values: dict[str, Any], *, source: str, overrides: Sequence[str] = ()) -> Config:
-    """The validated configuration of a plain dictionary with overrides; source is named in errors."""
-    values = _merge({}, values)
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        return Config.model_validate(_tuples(values))
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
-
-
-def dump_toml(config: Config) -> str:
-    """The configuration as a complete recipe; `load_config` gives an equal one back."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not separator or not dot or not section or not name or "." in name:
-        raise ConfigError(f"--set {override}: expected section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    table = values.get(section, {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"--set {override}: {section} is not a section")
-    values[section] = table | {name: value}
-
-
-def _tuples(value: Any) -> Any:
-    """TOML's arrays as tuples, which strict validation wants."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    return value
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    match problem["type"]:
-        case "missing":
-            return f"{key} is missing: expected a value"
-        case "extra_forbidden":
-            return f"{key} = {problem['input']!r}: unknown key"
-        case "value_error":  # of a whole section: the message begins with the key
-            return f"{key}.{message}" if key else message
-        case _:
-            return f"{key} = {problem['input']!r}: expected {message}"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY
 
-from ssd_fast.config import ConfigError, dump_toml, load_config, override_config
+from ssd_fast.config import Config
+from ssd_fast.recipe import ConfigError, dump_toml, load_config, override_config
 
 SSD300 = REPOSITORY / "configs" / "ssd300.toml"
 
@@ -62,9 +63,9 @@ def test_learning_rate_warms_up_from_zero_and_decays_after_its_epochs() -> None:
 
 
 def test_a_recipe_holds_only_what_differs_from_its_base(tmp_path: Path) -> None:
-    write(tmp_path, "base.toml", SSD300.read_text())
+    write(tmp_path, "base.toml", "[training]\nbatch_size = 3\nepochs = 4\n")
     config = load_config(write(tmp_path, "own.toml", 'base = "base.toml"\n[training]\nbatch_size = 7\n'))
-    assert config == load_config(SSD300, ["training.batch_size=7"])
+    assert config == load_config(SSD300, ["training.batch_size=7", "training.epochs=4"])
 
 
 def test_a_base_of_a_base_is_refused(tmp_path: Path) -> None:
@@ -115,16 +116,19 @@ def test_too_small_an_image_is_refused_with_the_empty_level() -> None:
         load_config(SSD300, ["model.image_size=64"])
 
 
-def test_missing_keys_are_all_named(tmp_path: Path) -> None:
-    text = SSD300.read_text().replace("momentum = 0.9\n", "").replace("seed = 0\n", "")
+def test_all_bad_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        load_config(write(tmp_path, "incomplete.toml", text))
-    assert "incomplete.toml: optimizer.momentum is missing" in str(error.value)
-    assert "incomplete.toml: training.seed is missing" in str(error.value)
+        load_config(write(tmp_path, "bad.toml", "[optimizer]\nmomentum = 2\n[training]\nsed = 0\n"))
+    assert "bad.toml: optimizer.momentum = 2: expected less than 1" in str(error.value)
+    assert "bad.toml: training.sed = 0: unknown key" in str(error.value)
+
+
+def test_every_key_has_a_default_and_the_defaults_are_the_recipe_of_ssd300() -> None:
+    assert load_config(SSD300) == Config()
 
 
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such configuration file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such recipe"):
         load_config(tmp_path / "nowhere.toml")
     with pytest.raises(ConfigError, match=r"broken\.toml: not TOML"):
         load_config(write(tmp_path, "broken.toml", "[training\n"))

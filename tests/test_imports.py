@@ -17,6 +17,7 @@ ROOMS = (
     "ssd_fast.tables",
     "ssd_fast.parts",
     "ssd_fast.config",
+    "ssd_fast.recipe",
     "ssd_fast.progress",
     "ssd_fast.timing",
     "ssd_fast.hardware",
@@ -47,7 +48,7 @@ OWNERS = {
     "onnxscript": {"ssd_fast/evaluation/export.py"},
     "onnxruntime": {"ssd_fast/evaluation/export.py"},
     "rich": {"ssd_fast/progress.py", "ssd_fast/tables.py"},
-    "pydantic": {"ssd_fast/config.py", "ssd_fast/profiling/profile.py"},
+    "pydantic": {"ssd_fast/config.py", "ssd_fast/recipe.py", "ssd_fast/profiling/profile.py"},
     "typer": {"ssd_fast/__main__.py"},
     "msgspec": {"ssd_fast/data/coco.py", "ssd_fast/evaluation/coco_eval.py"},
 }
@@ -136,6 +137,7 @@ def test_the_rule_notices_a_break(path: str, source: str) -> None:
         "ssd_fast.profiling.bottleneck",
         "ssd_fast.data.coco",
         "ssd_fast.config",
+        "ssd_fast.recipe",
     ],
 )
 def test_what_draws_and_what_reads_files_loads_nothing_heavy(module: str) -> None:

@@ -12,7 +12,7 @@ import kernels
 from dali_pipelines.batch import EvalBatch
 from ssd_fast.checkpoints.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
 from ssd_fast.checkpoints.weights import load_weights, read_torch_file
-from ssd_fast.config import Config, DetectionConfig, override_config
+from ssd_fast.config import Config, DetectionConfig
 from ssd_fast.data.coco import Category, CocoSet, DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
@@ -20,6 +20,7 @@ from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD, on_device
 from ssd_fast.parts import DECODING, MODEL, PREPROCESSING
+from ssd_fast.recipe import override_config
 from ssd_fast.timing import NULL_TIMELINE, NullTimeline
 
 

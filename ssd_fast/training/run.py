@@ -22,7 +22,7 @@ from ssd_fast.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from ssd_fast.checkpoints.weights import load_backbone_weights, load_for_finetuning
-from ssd_fast.config import Config, dump_toml
+from ssd_fast.config import Config
 from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import load_sets, make_eval_loader, make_train_loader
 from ssd_fast.distributed.world import World
@@ -34,6 +34,7 @@ from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import Progress, setup_logging, track
+from ssd_fast.recipe import dump_toml
 from ssd_fast.training.history import MetricsWriter
 from ssd_fast.training.loop import Loop, Window
 from ssd_fast.training.mlperf_log import MlperfLog

@@ -25,12 +25,12 @@ from dali_pipelines.synthetic import SyntheticEvalLoader, SyntheticTrainLoader
 from dali_pipelines.train import Augmentation, Encode, TrainLoader, _ragged
 from kernels.boxes import cxcywh_to_ltrb, decode_deltas, iou_matrix
 from kernels.reference import encode_boxes
-from ssd_fast.config import load_config
 from ssd_fast.data.coco import load_coco
 from ssd_fast.data.loaders import box_encoder, make_encode, make_train_loader
 from ssd_fast.distributed.world import World
 from ssd_fast.model.anchors import model_anchors, reference_order
 from ssd_fast.profiling.operator_cases import decided_by_rounding
+from ssd_fast.recipe import load_config
 
 CPU = torch.device("cpu")
 MEAN = np.array([0.485, 0.456, 0.406]) * 255

@@ -17,13 +17,13 @@ from tiny import TINY, tiny_config
 
 import kernels
 from ssd_fast.__main__ import main
-from ssd_fast.config import load_config
 from ssd_fast.data.coco import NUMBERED_CATEGORIES, CocoSet, DataError, load_coco
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import read_results, score, twelve_numbers
 from ssd_fast.evaluation.detector import make_random_detector
 from ssd_fast.loadgen import run as loadgen
+from ssd_fast.recipe import load_config
 
 mlperf_loadgen = pytest.importorskip("mlperf_loadgen")
 Run = Callable[..., tuple[int, str, str]]

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from kernels import reference
 from ssd_fast.__main__ import app
-from ssd_fast.config import load_config
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.profiling import operator_cases as kernel_cases
 from ssd_fast.profiling import operators as kernel_profile
 from ssd_fast.profiling.operator_cases import ORACLE, OURS, Case, Implementation
 from ssd_fast.profiling.operators import ProfileError, measure
+from ssd_fast.recipe import load_config
 
 CPU = torch.device("cpu")
 SSD300, SSD1200, DEMO = (REPOSITORY / "configs" / f"{name}.toml" for name in ("ssd300", "ssd1200", "demo"))

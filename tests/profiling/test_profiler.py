@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 from dali_pipelines import loader, train
 from ssd_fast.__main__ import app
-from ssd_fast.config import load_config
 from ssd_fast.distributed.world import World
 from ssd_fast.model.loss import Loss
 from ssd_fast.profiling import profiler as profile
 from ssd_fast.profiling.profile import BOTH, EVALUATION, INPUT_ALONE, STAGES, STEP_ALONE, Profile, read_profile
 from ssd_fast.profiling.profiler import Profiler, _covered
+from ssd_fast.recipe import load_config
 from ssd_fast.training import loop, step
 from ssd_fast.training.step import OPTIMIZER, STEP_PARTS, Trainer
 
