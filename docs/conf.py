@@ -50,7 +50,9 @@ def convert_docstring(app: Any, what: str, name: str, item: Any, options: Any, l
             continue
         in_list = False
         for row in rows:
-            entry = re.match(r"(?:(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*): |(?=(?:Returns|Raises|Source)\b))(?P<text>.*)", row)
+            entry = re.match(
+                r"(?:(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*): |(?=(?:Returns|Raises|Source)\b))(?P<text>.*)", row
+            )
             if entry:
                 names = entry["names"]
                 head = f"**{_escape(names)}**: " if names else ""

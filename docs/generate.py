@@ -40,6 +40,13 @@ MLPerf Training. Every section and every key may be left out.
 <!-- This page is written by docs/generate.py from ssd_fast/config.py. -->
 """
 
+RECIPES = """\
+## Recipes of this repository
+
+The learning rate is that after warm-up. It follows from `optimizer.learning_rate` and the global batch. Where a recipe
+names no machines, the row is that of a single rank. `ssd1200` is for inference.
+"""
+
 CLI = """\
 # Command line
 
@@ -69,7 +76,7 @@ def configuration_page() -> str:
     from ssd_fast.config import Config
 
     schema = Config.model_json_schema()
-    page = [CONFIGURATION]
+    page = [CONFIGURATION, RECIPES, _recipe_table()]
     for name in schema["properties"]:
         annotation = Config.model_fields[name].annotation
         assert annotation is not None
@@ -80,6 +87,37 @@ def configuration_page() -> str:
         ]
         page += [f"## [{name}]\n", section["description"] + "\n", _table(("key", "type", "default", "meaning"), rows)]
     return "\n".join(page)
+
+
+def _recipe_table() -> str:
+    """A row for each recipe in configs/, with what follows from its keys."""
+    from ssd_fast.recipe import load_config
+
+    rows = []
+    for file in sorted((REPOSITORY / "configs").glob("*.toml"), key=lambda file: _natural(file.stem)):
+        config = load_config(file)
+        nodes, per_node = config.system.nodes, config.system.gpus_per_node
+        ranks = nodes * per_node if nodes and per_node else 1
+        global_batch = ranks * config.training.batch_size
+        rows.append(
+            (
+                f"[`{file.stem}`](../configs/{file.name})",
+                f"{nodes} x {per_node}" if nodes and per_node else "any",
+                str(config.model.image_size),
+                str(config.training.batch_size),
+                f"{global_batch:,}",
+                f"{config.optimizer.effective_learning_rate(global_batch):.4g}",
+                str(config.optimizer.warmup_steps),
+                f"{config.optimizer.weight_decay:g}",
+            )
+        )
+    header = ("recipe", "nodes x GPUs", "image size", "batch per rank", "global batch")
+    return _table((*header, "learning rate", "warm-up steps", "weight decay"), rows)
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A key that sorts 2x before 16x."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def cli_page() -> str:
@@ -142,9 +180,9 @@ def _type_text(schema: dict[str, Any]) -> str:
         case {"const": value}:
             return f"`{json.dumps(value)}`"
         case {"type": "array", "prefixItems": items}:
-            return "[" + "; ".join(_type_text(item) for item in items) + "]"
+            return "[" + ", ".join(_type_text(item) for item in items) + "]"
         case {"type": "array", "items": item}:
-            return f"[{_type_text(item)}; ...]"
+            return f"[{_type_text(item)}, ...]"
     noun = {"integer": "whole number", "number": "number", "string": "string", "boolean": "true or false"}
     text = noun[schema["type"]]
     if "minimum" in schema and "maximum" in schema:
