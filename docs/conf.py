@@ -18,6 +18,7 @@ exclude_patterns = ["requirements.lock"]
 html_theme = "furo"
 html_title = "ssd_fast"
 html_show_copyright = False
+smartquotes = False  # they would turn --option into one dash
 copybutton_exclude = ".linenos, .gp, .go"
 
 myst_heading_anchors = 3  # headings down to this level can be linked to: page.md#heading
