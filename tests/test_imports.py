@@ -34,8 +34,11 @@ ROOMS = (
     "ssd_fast.__main__",
 )
 OWNERS = {
-    "horovod": {"ssd_fast/distributed/world.py"},
-    "nvidia": {f"dali_pipelines/{name}.py" for name in ("train", "evaluate", "arrays", "loader", "box_encoder")},
+    "horovod": {"ssd_fast/distributed/horovod.py", "ssd_fast/distributed/slurm.py"},
+    "nvidia": {
+        f"dali_pipelines/{name}.py"
+        for name in ("train", "coco_reader", "augment", "arrays", "evaluate", "loader", "box_encoder")
+    },
     "pycocotools": {"ssd_fast/evaluation/coco_eval.py"},
     "hotcoco": {"ssd_fast/evaluation/coco_eval.py"},
     "apex": {"ssd_fast/training/optim.py"},

@@ -48,7 +48,7 @@ class _CategoryEntry(msgspec.Struct):
 
 
 class Instances(msgspec.Struct):
-    """The content of an annotation file, in its order, and its types checked."""
+    """The content of an annotation file, in its order and with checked types."""
 
     images: list[ImageEntry]
     annotations: list[Annotation]

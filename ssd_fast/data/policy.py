@@ -1,4 +1,4 @@
-"""Errors in data, and what the settings data.bad_images and data.bad_boxes do about them."""
+"""Bad data: its error, and the policies of data.bad_images and data.bad_boxes."""
 
 import logging
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
-"""COCO's twelve numbers of a table of detections, and the result files that other COCO tools read.
+"""COCO's twelve numbers for a table of detections, and COCO's result files.
 
 hotcoco computes them: its precision and recall are pycocotools' bit for bit
-(tests/evaluation/test_coco_eval.py), some fifty times faster. pycocotools itself can be asked for as a check.
+(tests/evaluation/test_coco_eval.py), some fifty times faster. pycocotools itself is available as a check.
 
-Both get the same problem, in which images, categories and annotations are numbered from 1 in the order of their ids:
-pycocotools alone takes a match with an annotation whose id is 0 for none, and hotcoco alone keeps ids in the order
+Both get the same problem, in which images, categories and annotations are numbered from 1 in the order of their ids.
+Otherwise pycocotools would count a match with an annotation of id 0 as none, and hotcoco would keep ids in the order
 given, which decides between equal scores.
 """
 
@@ -45,7 +45,7 @@ _IOU_INDEX = {None: slice(None), 0.50: slice(0, 1), 0.75: slice(5, 6)}
 
 
 class DetectionTable(NamedTuple):
-    """Detections of any number of images, in any order; of equal scores in an image, the earlier row counts as better.
+    """Detections of any number of images, in any order; between equal scores in an image the earlier row ranks first.
 
     image_ids: [D] int64, ids of the annotation file.
     boxes_xywh: [D, 4] float64, left, top, width and height in pixels of the original image.
@@ -60,7 +60,7 @@ class DetectionTable(NamedTuple):
 
 
 class CocoScores(NamedTuple):
-    """COCO's numbers, each from 0 to 1, or -1 where there is nothing to find.
+    """COCO's numbers, each from 0 to 1, or -1 without ground truth.
 
     map: average precision, mean over classes and IoU thresholds 0.50, 0.55 ... 0.95, 100 detections per image.
     map_50, map_75: the same at one IoU threshold.
@@ -95,7 +95,7 @@ class _Result(msgspec.Struct):
 
 
 class _Problem(NamedTuple):
-    """What an evaluator needs: N images and K categories numbered from 1, T ground truths and D detections.
+    """The input of an evaluator: N images and K categories numbered from 1, T ground truths and D detections.
 
     truth_images, truth_categories: [T] int64.
     truth_boxes_xywh: [T, 4] float64, pixels. truth_areas: [T] float64, square pixels. truth_crowds: [T] int64, 0 or 1.
@@ -122,8 +122,9 @@ def score(
 ) -> CocoScores:
     """COCO's numbers of detections against an annotation file.
 
-    annotation_file: COCO instances JSON; an annotation without `area` has its box's, one without `iscrowd` is no crowd.
-    image_ids, category_ids: what counts; left out, all images (also those without boxes) and categories of the file.
+    annotation_file: COCO instances JSON. `area` defaults to the area of the box, `iscrowd` to no crowd.
+    image_ids, category_ids: those that count; by default all images (also those without boxes) and categories of the
+    file.
     evaluator: both give the same bits; pycocotools takes about a minute for 500,000 detections.
     Raises DataError for a file that cannot be used, ValueError for ids that it does not have and for detections that
     are not finite or have a negative size.
@@ -186,9 +187,9 @@ def format_scores(scores: CocoScores, *, per_class: bool = False) -> str:
 
 
 def write_results(detections: DetectionTable, path: Path) -> None:
-    """Writes COCO's result format, one object per detection; the file appears whole or not at all.
+    """Write COCO's result format, one object per detection; the file appears as a whole or not at all.
 
-    Numbers keep their last bit, so that scoring the file gives the same bits as scoring the table.
+    Numbers keep every bit: scoring the file gives the same bits as scoring the table.
     """
     _check_table(detections)
     rows = zip(
@@ -203,7 +204,7 @@ def write_results(detections: DetectionTable, path: Path) -> None:
 
 
 def read_results(path: Path) -> DetectionTable:
-    """The detections of a COCO result file, in its order. Raises DataError where it is not one."""
+    """Detections of a COCO result file, in its order. Raises DataError for any other file."""
     rows = decode_json(path, list[_Result], "COCO results, a list of {image_id, category_id, bbox, score}")
     table = DetectionTable(
         image_ids=np.array([row.image_id for row in rows], np.int64),
@@ -241,7 +242,7 @@ def _check_table(table: DetectionTable) -> None:
 def _normalise(
     annotations: list[Annotation], detections: DetectionTable, *, images: np.ndarray, categories: np.ndarray
 ) -> _Problem:
-    """The problem of the given images and categories (sorted ids). Their order, which decides ties, stays."""
+    """The problem of some images and categories (sorted ids). Detections keep their order, which decides ties."""
     truth_images = np.array([annotation.image_id for annotation in annotations], np.int64)
     truth_categories = np.array([annotation.category_id for annotation in annotations], np.int64)
     truths = np.flatnonzero(np.isin(truth_images, images) & np.isin(truth_categories, categories))
@@ -320,6 +321,6 @@ def _curves_of_pycocotools(problem: _Problem) -> dict[str, np.ndarray]:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the values that exist, in pycocotools' order of summation, or -1."""
+    """Mean of the values above -1, in pycocotools' order of summation, or -1."""
     values = values[values > -1]
     return float(values.mean()) if len(values) else -1.0

@@ -35,7 +35,7 @@ def draw_summary(folder: RunFolder, val_set: CocoSet, categories: tuple[Category
 
 
 def _choose_cells(val_set: CocoSet, table: DetectionTable) -> list[GridCell]:
-    """Images spread over the whole set, each with its ground truth and its confident detections."""
+    """A dozen images spread over the set, each with its ground truth and its confident detections."""
     images = val_set.images
     names = {category.id: category.name for category in val_set.categories}
     num_images = len(images.file_names)

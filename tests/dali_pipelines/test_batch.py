@@ -3,9 +3,10 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from loaders import UNCHANGED
+from pipelines import UNCHANGED
 from repository import REPOSITORY
 
 
@@ -25,7 +26,7 @@ from repository import REPOSITORY
         ({"flip_probability": -0.5}, r"flip_probability = -0\.5: expected 0 to 1"),
     ],
 )
-def test_augmentation_refuses_values_outside_their_ranges(changes: dict[str, object], message: str) -> None:
+def test_augmentation_refuses_values_outside_their_ranges(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         replace(UNCHANGED, **changes)
 

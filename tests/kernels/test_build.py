@@ -92,7 +92,7 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_kernels_that_are_not_built_or_built_for_another_pytorch_say_what_to_do(tmp_path: Path) -> None:
-    operators = shutil.copy(SOURCES / "ops.py", tmp_path)
+    operators = str(shutil.copy(SOURCES / "ops.py", tmp_path))
     with pytest.raises(ImportError, match=rf"^{tmp_path}/_C\..*: expected after `make install`"):
         runpy.run_path(operators)
     (library,) = SOURCES.glob("_C*.so")

@@ -104,7 +104,7 @@ def test_exact_ties_fall_as_in_the_plain_version(
     max_detections: int,
 ) -> None:
     limits = {"max_per_class": max_per_class, "max_detections": max_detections}
-    options = {"score_threshold": score_threshold, "iou_threshold": iou_threshold, **limits}
+    options: dict[str, Any] = {"score_threshold": score_threshold, "iou_threshold": iou_threshold, **limits}
     anchors = ltrb_to_cxcywh(torch.tensor(boxes))
     generator = seeded(seed)
     rows = torch.randn(levels, 4, generator=generator)
@@ -155,7 +155,11 @@ def test_kept_boxes_of_a_class_do_not_overlap_and_rows_are_sorted_and_within_ran
 @pytest.mark.parametrize("limits", [(1, 1), (1, 200), (200, 1), (200, 200), (3_000, 50_000), (2**62, 7)], ids=str)
 @pytest.mark.parametrize("score_threshold", [0.0, 0.05])
 def test_every_anchor_in_every_class(device: torch.device, limits: tuple[int, int], score_threshold: float) -> None:
-    options = {"score_threshold": score_threshold, "max_per_class": limits[0], "max_detections": limits[1]}
+    options: dict[str, Any] = {
+        "score_threshold": score_threshold,
+        "max_per_class": limits[0],
+        "max_detections": limits[1],
+    }
     values = random_predictions(1, 600, 9)
     found = decode_nms(*values.to(device), **options)
     assert found.counts.gt(0).all()
@@ -286,9 +290,10 @@ def test_a_limit_beyond_all_memory_is_an_error(max_detections: int) -> None:
     ],
 )
 def test_bad_input_is_named(device: torch.device, name: str, value: Any, complaint: str) -> None:
-    inputs = random_predictions(2, 5, 3)._asdict() | {name: value}
+    inputs: dict[str, Any] = random_predictions(2, 5, 3).to(device)._asdict()
+    inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     with pytest.raises(ValueError, match=f"^{name} {complaint}"):
-        decode_nms(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in inputs.items()})
+        decode_nms(**inputs)
 
 
 def test_float64_is_refused(device: torch.device) -> None:

@@ -21,7 +21,7 @@ def assert_targets_equal(found: Targets, expected: Targets) -> None:
     assert found.deltas.cpu()[expected.labels == 0].eq(0).all()
 
 
-def good(device: torch.device) -> dict[str, Tensor]:
+def good(device: torch.device) -> dict[str, Any]:
     anchors = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0.5], [0.5, 0, 1, 1]])
     inputs = {
         "boxes_ltrb": torch.tensor([[0, 0, 1, 1], [0, 0, 0.5, 0.5]]),
@@ -136,9 +136,9 @@ def test_the_loss_does_not_depend_on_the_order_of_ground_truths_that_share_no_be
     assume(best.unique().numel() == count)
     order = torch.randperm(count, generator=generator)
     reordered = GroundTruths(truths.boxes_ltrb[order], truths.labels[order], truths.offsets)
-    predictions = [torch.randn(1, 500, size, generator=generator).to(device) for size in (4, 81)]
+    deltas, logits = (torch.randn(1, 500, size, generator=generator).to(device) for size in (4, 81))
     one, other = (
-        multibox_loss(*predictions, *encode_boxes(*either.to(device), anchors.to(device)))
+        multibox_loss(deltas, logits, *encode_boxes(*either.to(device), anchors.to(device)))
         for either in (truths, reordered)
     )
     assert_same_bits(one, other)

@@ -1,6 +1,7 @@
 """The plain decoding and suppression against a loop over Python numbers, and rule by rule."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def rows_of(detections: Detections, image: int) -> list[Row]:
     return list(zip(*(column[image, :count].tolist() for column in columns), strict=True))
 
 
-def detect_one(anchors_ltrb: Tensor, probabilities: list[list[float]], **options: float) -> list[Row]:
+def detect_one(anchors_ltrb: Tensor, probabilities: list[list[float]], **options: Any) -> list[Row]:
     """Detections of one image that predicts the anchors themselves; probabilities of background and classes."""
     anchors = ltrb_to_cxcywh(anchors_ltrb)
     logits = torch.tensor([probabilities], dtype=FLOAT64).log().clamp(min=-1000)
@@ -166,7 +167,7 @@ def test_an_empty_batch_has_empty_detections() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["logits", "deltas"])
 def test_an_anchor_with_a_number_that_is_not_finite_gives_no_detection(place: str, value: float) -> None:
-    inputs = {"logits": torch.zeros(1, 4, 3), "deltas": torch.zeros(1, 4, 4)}
+    inputs: dict[str, Any] = {"logits": torch.zeros(1, 4, 3), "deltas": torch.zeros(1, 4, 4)}
     inputs[place][0, 1, 2] = value
     found = rows_of(decode_nms(anchors_cxcywh=ltrb_to_cxcywh(FAR_APART), **inputs), 0)
     assert {FAR_APART.tolist().index(row[0]) for row in found} == {0, 2, 3}
@@ -223,6 +224,10 @@ def test_non_contiguous_input_gives_the_same_and_no_input_is_changed() -> None:
     ],
 )
 def test_bad_input_is_named(name: str, value: Tensor | int) -> None:
-    good = {"deltas": torch.zeros(2, 5, 4), "logits": torch.zeros(2, 5, 3), "anchors_cxcywh": torch.ones(5, 4)}
+    good: dict[str, Any] = {
+        "deltas": torch.zeros(2, 5, 4),
+        "logits": torch.zeros(2, 5, 3),
+        "anchors_cxcywh": torch.ones(5, 4),
+    }
     with pytest.raises(ValueError, match=f"^{name} "):
         decode_nms(**{**good, name: value})

@@ -3,6 +3,7 @@
 import math
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kernels.boxes import decode_deltas, ltrb_to_cxcywh
 from kernels.reference import encode_boxes
 
 
-def encode_one(boxes: Tensor, anchors_ltrb: Tensor, **options: object) -> list[int]:
+def encode_one(boxes: Tensor, anchors_ltrb: Tensor, **options: Any) -> list[int]:
     """Labels of the anchors for one image whose ground truths are labelled 1, 2, 3, ..."""
     labels = torch.arange(1, len(boxes) + 1)
     offsets = torch.tensor([0, len(boxes)])
@@ -33,9 +34,9 @@ def loop_match(boxes: list[list[float]], anchors_ltrb: list[list[float]], ranks:
                 best, best_iou = number, row[anchor]
         owners.append(best)
     for number, row in enumerate(ious, start=1):
-        wanted = None
-        for anchor in sorted(range(len(anchors_ltrb)), key=ranks.__getitem__):
-            if wanted is None or row[anchor] > row[wanted]:
+        wanted, *others = sorted(range(len(anchors_ltrb)), key=ranks.__getitem__)
+        for anchor in others:
+            if row[anchor] > row[wanted]:
                 wanted = anchor
         owners[wanted] = number
     return owners
@@ -167,7 +168,7 @@ def test_non_contiguous_input_gives_the_same() -> None:
     ],
 )
 def test_bad_input_is_named(name: str, value: Tensor) -> None:
-    good = {
+    good: dict[str, Any] = {
         "boxes_ltrb": boxes_of((0, 0, 1, 1), (0, 0, 0.5, 0.5)),
         "labels": torch.tensor([1, 2]),
         "offsets": torch.tensor([0, 2]),

@@ -28,7 +28,9 @@ def loop_loss(deltas: Tensor, logits: Tensor, targets: Tensor, labels: Tensor) -
     for d_image, l_image, t_image, labels_image in zip(
         *(x.tolist() for x in (deltas, logits, targets, labels)), strict=True
     ):
-        box, chosen, negatives = 0.0, [], []
+        box = 0.0
+        chosen: list[float] = []
+        negatives: list[float] = []
         for delta, logit, target, label in zip(d_image, l_image, t_image, labels_image, strict=True):
             cross_entropy = math.log(sum(math.exp(x) for x in logit)) - logit[label]
             (chosen if label else negatives).append(cross_entropy)
@@ -60,8 +62,11 @@ def test_loss_equals_a_loop_over_anchors(labels: list[list[int]], seed: int) -> 
 
 def test_gradients_are_those_of_finite_differences() -> None:
     deltas, logits, targets, labels = loss_input([[1, 0, 0, 3, 0, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0, 0, 0, 0, 0]])
-    inputs = (deltas.requires_grad_(), logits.requires_grad_())
-    assert torch.autograd.gradcheck(lambda *predictions: multibox_loss(*predictions, targets, labels), inputs)
+
+    def loss(deltas: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return multibox_loss(deltas, logits, targets, labels)
+
+    assert torch.autograd.gradcheck(loss, (deltas.requires_grad_(), logits.requires_grad_()))
 
 
 def test_an_image_without_positives_has_no_loss_and_no_gradient() -> None:
@@ -70,6 +75,7 @@ def test_an_image_without_positives_has_no_loss_and_no_gradient() -> None:
     (parts.box.sum() + parts.class_.sum()).backward()
     assert parts.box[0] == parts.class_[0] == 0
     for gradient in (deltas.grad, logits.grad):
+        assert gradient is not None
         assert gradient[0].eq(0).all()
         assert gradient[1].any()
 
@@ -86,6 +92,8 @@ def test_only_positives_and_the_hardest_negatives_have_gradients() -> None:
     logits = torch.stack((torch.zeros(7), torch.tensor(difficulty)), dim=-1)[None].double().requires_grad_()
     parts = multibox_loss(deltas.requires_grad_(), logits, targets, labels)
     (parts.box + parts.class_).sum().backward()
+    assert logits.grad is not None
+    assert deltas.grad is not None
     assert logits.grad[0].ne(0).any(dim=1).tolist() == [True, False, True, True, True, False, False]
     assert deltas.grad[0].ne(0).any(dim=1).tolist() == [False, False, True, False, False, False, False]
 
@@ -94,6 +102,7 @@ def test_equally_hard_negatives_are_taken_in_the_order_of_their_index() -> None:
     deltas, _, targets, labels = loss_input([[0, 0, 0, 0, 0, 0, 1, 0, 0]])
     logits = torch.zeros(1, 9, 4, dtype=FLOAT64, requires_grad=True)
     multibox_loss(deltas, logits, targets, labels).class_.sum().backward()
+    assert logits.grad is not None
     assert logits.grad[0].ne(0).any(dim=1).nonzero().flatten().tolist() == [0, 1, 2, 6]
 
 

@@ -109,7 +109,8 @@ def loss_input(
 
 def loss_of_labels(labels: list[list[int]], num_classes: int = 4, dtype: torch.dtype = torch.float32) -> LossInput:
     target_labels = torch.tensor(labels, dtype=torch.int32)
-    return loss_input(*target_labels.shape, num_classes, dtype)._replace(target_labels=target_labels)
+    batch_size, num_anchors = target_labels.shape
+    return loss_input(batch_size, num_anchors, num_classes, dtype)._replace(target_labels=target_labels)
 
 
 def run_loss(operator: Callable, values: LossInput, grad_box: Tensor, grad_class: Tensor) -> LossResult:
