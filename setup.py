@@ -6,6 +6,7 @@ SSD_FAST_SANITIZE=address,undefined builds the CPU operators with these sanitize
 """
 
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file without its
 import cuda_toolkit
 
 SOURCES = Path("kernels", "csrc")
+CONSTANTS = Path("kernels", "constants.py")  # read as a file: the package cannot be imported before it is built
 
 
 def find_toolkit(wanted: str | None) -> tuple[Path | None, str]:
@@ -60,9 +62,13 @@ def extension():
     options = {
         "name": "kernels._C",
         "sources": [str(path) for path in sorted(SOURCES.glob("*.cpp")) + sorted(SOURCES.glob("cpu/*.cpp"))],
-        "depends": [str(path) for pattern in ("*.h", "cpu/*.h", "cuda/*.cuh") for path in SOURCES.glob(pattern)],
+        "depends": [str(path) for pattern in ("*.h", "cpu/*.h", "cuda/*.cuh") for path in SOURCES.glob(pattern)]
+        + [str(CONSTANTS)],
         "include_dirs": [str(SOURCES.resolve())],
-        "define_macros": [("SSD_FAST_CUDA_BUILD", f'"{reason}"')],
+        "define_macros": [
+            ("SSD_FAST_CUDA_BUILD", f'"{reason}"'),
+            *((f"SSD_FAST_{k}", repr(v)) for k, v in runpy.run_path(str(CONSTANTS)).items() if k.isupper()),
+        ],
         "extra_compile_args": {"cxx": cxx_flags, "nvcc": ["-std=c++17", "-O3"]},
         "extra_link_args": link_flags,
     }

@@ -15,17 +15,17 @@ from dali_pipelines.batch import TrainBatch
 from ssd_fast.config import DistributedConfig
 from ssd_fast.distributed.world import World, connect
 from ssd_fast.model.ssd import SSD
-from ssd_fast.training.step import LossMeter, Trainer
+from ssd_fast.training.step import LossMeter, TrainStep
 
 GLOBAL_BATCH_SIZE = 8
 BAD_STEP = 2
 
 
-def make_trainer(world: World, overrides: Sequence[str] = (), *, frozen: bool = True) -> Trainer:
+def make_trainer(world: World, overrides: Sequence[str] = (), *, frozen: bool = True) -> TrainStep:
     """A trainer of the tiny detector; frozen: BatchNorm uses its running statistics and does not update them."""
     config = tiny_config(overrides)
     torch.manual_seed(0)
-    trainer = Trainer(
+    trainer = TrainStep(
         SSD(config.model, num_classes=3),
         config.optimizer,
         device=torch.device("cpu"),
@@ -39,7 +39,7 @@ def make_trainer(world: World, overrides: Sequence[str] = (), *, frozen: bool = 
     return trainer
 
 
-def make_batch(trainer: Trainer, seed: int) -> TrainBatch:
+def make_batch(trainer: TrainStep, seed: int) -> TrainBatch:
     """This rank's part of the global batch."""
     generator = torch.Generator().manual_seed(seed)
     shape = (GLOBAL_BATCH_SIZE, trainer.model.num_anchors)
@@ -60,7 +60,7 @@ def train(world: World, overrides: Sequence[str] = (), *, frozen: bool = True, b
         batch = make_batch(trainer, step)
         if step == BAD_STEP and world.rank == bad_rank:
             batch = batch._replace(images=batch.images * float("nan"))
-        meter.add(trainer.train_step(batch, 0.01), step)
+        meter.add(trainer(batch, 0.01), step)
         windows.append(tuple(meter.read()))
         digests.append(trainer.weights_digest())
         statistics.append(trainer.running_statistics.clone())
@@ -126,16 +126,16 @@ def run(data: str, output: str, resume: str, rank: str, step: str, how: str, *ov
     """Train as `ssd-fast train` does; in one step, counted from 1 in this process, one rank does what `how` says."""
     from ssd_fast.training.run import train
 
-    original, count = Trainer.train_step, 0
+    original, count = TrainStep.__call__, 0
 
-    def train_step(self: Trainer, *arguments: Any) -> Any:
+    def train_step(self: TrainStep, *arguments: Any) -> Any:
         nonlocal count
         count += 1
         if count == int(step) and self.world.rank == int(rank):
             act(how)
         return original(self, *arguments)
 
-    Trainer.train_step = train_step  # type: ignore[method-assign]
+    TrainStep.__call__ = train_step  # type: ignore[method-assign]
     config = tiny_config(("training.batch_size=4", "distributed.timeout_s=60", *overrides))
     with connect(config.distributed) as world:
         outcome = train(config, Path(data), Path(output), resume=resume == "resume", world=world)
