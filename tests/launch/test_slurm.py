@@ -51,7 +51,7 @@ class Site:
         }
 
     def submit(self, *options: str, ranks: Sequence[str] = RANKS, **variables: str) -> str:
-        """Number of a job that trains, or profiles."""
+        """Submit a job that trains or profiles, and return its number."""
         return self.cluster.submit(ranks, SCRIPT, options, environment=self.variables | variables)
 
     def run_of(self, job: str) -> Path:
@@ -63,7 +63,7 @@ class Site:
 
     @contextmanager
     def stopped_within_training(self, job: str, rank: int) -> Iterator[int]:
-        """A rank's process, which does nothing while this lasts; the others wait for it after some step."""
+        """Stop one rank within this context, so that the others wait for it after some step; yields its process."""
 
         def trains() -> bool:
             return " step 2/4 loss " in self.log_of(job)
@@ -80,10 +80,10 @@ class Site:
 
 
 def process_of_rank(job: str, rank: int) -> int:
-    """The process that a job's task has become."""
+    """Return the process of a job's task."""
     variables = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # another user's, or over
+        with suppress(OSError):  # another user's, or ended
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
             if arguments[2:4] == [b"ssd_fast", b"train"] and (
                 variables <= set((folder / "environ").read_bytes().split(b"\0"))
@@ -94,7 +94,7 @@ def process_of_rank(job: str, rank: int) -> int:
 
 @pytest.fixture(scope="module")
 def site(cluster: SlurmCluster, synthetic_set: Path) -> Site:
-    """Where jobs of a tiny recipe can be submitted."""
+    """A place from which jobs of a tiny recipe can be submitted."""
     if importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed: make horovod")
     changes = (
