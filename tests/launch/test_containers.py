@@ -138,7 +138,7 @@ def test_build_container_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     for arguments, message in {
         ("--cuda", "11.8"): "--cuda 11.8: expected 12.6 or 13.0",
         ("--cuda",): "--cuda : expected 12.6 or 13.0",
-        (image,): f"{image} is there already: remove it, or name another",
+        (image,): f"{image} exists: remove it, or name another image",
         (tmp_path / "new.sif",): "neither apptainer nor singularity is installed",
     }.items():
         done = run("./build_container.sh", *arguments, path=str(tools))

@@ -70,7 +70,7 @@ def test_a_wrong_file_is_refused_and_removed(
     right = server.files[VAL]
     for wrong in (archive("val2017", 4), archive("val2017", 6), right[:-1] + b"!", b"<html>", right[:1000]):
         server.files[VAL] = wrong
-        assert f"{server.url}/{VAL}: expected the MD5 {md5(right)}, something else came" in error(DATASET)
+        assert f"{server.url}/{VAL}: expected the MD5 {md5(right)}, got another file" in error(DATASET)
         assert visible(here / "coco") == {"annotations"}
 
 
@@ -104,7 +104,7 @@ def test_the_disk_must_hold_what_is_unpacked_and_the_largest_archive(
     annotations, val = len(server.files[ANNOTATIONS]), len(server.files[VAL])
     needed = annotations * 350 // 100 + val * 103 // 100 + val
     stub(here / "bin", monkeypatch, "df", f"echo Avail; echo {needed - 1}")
-    assert re.search(rf"{here}/coco: 1 MB are needed, 1 MB are free", error(DATASET))
+    assert re.search(rf"{here}/coco: expected 1 MB of free disk space, found 1 MB", error(DATASET))
     assert not visible(here / "coco")
     assert not server.starts
     stub(here / "bin", monkeypatch, "df", f"echo Avail; echo {needed}")
@@ -249,4 +249,4 @@ def test_without_a_manifest_the_official_archives_are_expected(
     stub(here / "bin", monkeypatch, "df", "echo Avail; echo 41000000000")
     assert "expected the MD5 f4bbac642086de4f52a3fdda2de5fa2c" in error(DATASET, "--train")
     stub(here / "bin", monkeypatch, "df", "echo Avail; echo 40000000000")
-    assert "40980 MB are needed, 40000 MB are free" in error(DATASET, "--train")
+    assert "expected 40980 MB of free disk space, found 40000 MB" in error(DATASET, "--train")

@@ -57,5 +57,5 @@ def test_a_manifest_takes_the_place_of_the_record(here: Path, server: Server, mo
 
 def test_too_little_disk_is_said(here: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(here / "bin", monkeypatch, "df", "echo Avail; echo 299999")
-    assert "pretrained: 1 MB are needed" in error(MODEL)
+    assert "pretrained: expected 1 MB of free disk space" in error(MODEL)
     assert WEIGHTS not in server.starts

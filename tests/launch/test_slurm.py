@@ -51,7 +51,7 @@ class Site:
         }
 
     def submit(self, *options: str, ranks: Sequence[str] = RANKS, **variables: str) -> str:
-        """Number of a job that trains, or profiles."""
+        """Submit a job that trains or profiles, and return its number."""
         return self.cluster.submit(ranks, SCRIPT, options, environment=self.variables | variables)
 
     def run_of(self, job: str) -> Path:
@@ -63,7 +63,7 @@ class Site:
 
     @contextmanager
     def stopped_within_training(self, job: str, rank: int) -> Iterator[int]:
-        """A rank's process, which does nothing while this lasts; the others wait for it after some step."""
+        """Stop one rank within this context, so that the others wait for it after some step; yields its process."""
 
         def trains() -> bool:
             return " step 2/4 loss " in self.log_of(job)
@@ -80,10 +80,10 @@ class Site:
 
 
 def process_of_rank(job: str, rank: int) -> int:
-    """The process that a job's task has become."""
+    """Return the process of a job's task."""
     variables = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # another user's, or over
+        with suppress(OSError):  # another user's, or ended
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
             if arguments[2:4] == [b"ssd_fast", b"train"] and (
                 variables <= set((folder / "environ").read_bytes().split(b"\0"))
@@ -94,7 +94,7 @@ def process_of_rank(job: str, rank: int) -> int:
 
 @pytest.fixture(scope="module")
 def site(cluster: SlurmCluster, synthetic_set: Path) -> Site:
-    """Where jobs of a tiny recipe can be submitted."""
+    """A place from which jobs of a tiny recipe can be submitted."""
     if importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed: make horovod")
     changes = (
@@ -155,7 +155,7 @@ def test_a_killed_rank_ends_the_job_with_its_name(site: Site) -> None:
     job = site.submit()
     with site.stopped_within_training(job, 3) as process:
         os.kill(process, signal.SIGKILL)
-    ended = site.cluster.wait_for_end(job, 30)
+    ended = site.cluster.wait_for_end(job, START_S)
     assert (ended.state, ended.restarts) == ("FAILED", 0)
     assert ended.status != 0
     log = site.log_of(job)
@@ -167,7 +167,7 @@ def test_a_task_gets_its_cores_and_all_gpus_of_its_node(cluster: SlurmCluster, s
     job = cluster.submit(
         ("-p", "gpu", "-N1", "-n2"), SCRIPT, ("--set", "a.b=[1, 2]"), environment=stand_in | {"SEED": "7"}
     )
-    assert cluster.wait_for_end(job, 60) == Ended("COMPLETED", 0, 0), cluster.output(job)
+    assert cluster.wait_for_end(job, START_S) == Ended("COMPLETED", 0, 0), cluster.output(job)
     run = Path(stand_in["LOGDIR"]) / f"own_{job}"
     lines = (run / "job.log").read_text().splitlines()
     tasks = sorted(line for line in lines if "gpus=" in line)
@@ -189,9 +189,9 @@ def test_a_cancelled_job_does_not_come_back_though_saved(cluster: SlurmCluster, 
     folder.mkdir()
     job = cluster.submit(RANKS, SCRIPT, environment=stand_in | {"WAIT": "1", "RUN": str(folder)})
     log = folder / "job.log"
-    cluster.wait(lambda: log.exists() and log.read_text().count("argument <--resume>") == 4, 60, job)
+    cluster.wait(lambda: log.exists() and log.read_text().count("argument <--resume>") == 4, START_S, job)
     cluster.run("scancel", job)
-    assert cluster.wait_for_end(job, 60) == Ended("CANCELLED", 143, 0)
+    assert cluster.wait_for_end(job, START_S) == Ended("CANCELLED", 143, 0)
     assert (folder / "interrupted").exists()
     assert f"ended with status 143; to resume, repeat the command with RUN={folder}\n" in log.read_text()
     assert cluster.field(job, "JobState") == "CANCELLED"
@@ -209,7 +209,7 @@ def test_starts_that_save_nothing_are_not_requeued_for_ever(cluster: SlurmCluste
         if number == 1:
             cluster.start_requeued(job, START_S)
             assert starts.read_text() == "2\n"
-    assert cluster.wait_for_end(job, 60) == Ended("FAILED", 1, 1)
+    assert cluster.wait_for_end(job, START_S) == Ended("FAILED", 1, 1)
     assert "not requeued: 3 starts in a row saved nothing" in log.read_text()
 
 
@@ -219,7 +219,7 @@ def test_a_rendezvous_that_does_not_start_ends_the_job(
 ) -> None:
     (Path(stand_in["VENV"]) / "bin" / "python").write_text(f"#!/bin/bash\n{program}\n")
     job = cluster.submit(RANKS, SCRIPT, environment=stand_in)
-    assert cluster.wait_for_end(job, 60) == Ended("FAILED", 1, 0)
+    assert cluster.wait_for_end(job, START_S) == Ended("FAILED", 1, 0)
     log = Path(stand_in["LOGDIR"]) / f"own_{job}" / "job.log"
     assert f"the rendezvous server did not start: see {log}" in cluster.output(job)
 
@@ -230,7 +230,7 @@ def test_in_a_container_paths_are_the_same_as_outside(cluster: SlurmCluster, sta
     image.touch()
     variables = stand_in | {"CONT": str(image), "PATH": f"{environment}/container:{cluster.environment['PATH']}"}
     job = cluster.submit(("-p", "gpu", "-N1", "-n2"), SCRIPT, environment=variables)
-    assert cluster.wait_for_end(job, 60) == Ended("COMPLETED", 0, 0), cluster.output(job)
+    assert cluster.wait_for_end(job, START_S) == Ended("COMPLETED", 0, 0), cluster.output(job)
     run = Path(stand_in["LOGDIR"]) / f"own_{job}"
     log = (run / "job.log").read_text()
     data, recipes = stand_in["DATADIR"], Path(stand_in["SYSTEM"]).parent
@@ -242,6 +242,6 @@ def test_in_a_container_paths_are_the_same_as_outside(cluster: SlurmCluster, sta
 
 def test_a_refused_job_fails_at_once_and_says_why_in_its_log(cluster: SlurmCluster, stand_in: dict[str, str]) -> None:
     job = cluster.submit(RANKS, SCRIPT, environment=stand_in | {"SYSTEM": "4xC4140"})
-    assert cluster.wait_for_end(job, 60) == Ended("FAILED", 2, 0)
+    assert cluster.wait_for_end(job, START_S) == Ended("FAILED", 2, 0)
     assert "SYSTEM=4xC4140: expected -N 4 -n 16, not -N 2 -n 4" in cluster.output(job)
     assert list(Path(stand_in["LOGDIR"]).iterdir()) == []
