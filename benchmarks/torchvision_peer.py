@@ -35,14 +35,15 @@ from torchvision_training import (
 from dali_pipelines.synthetic import SyntheticTrainLoader
 from ssd_fast.config import Config
 from ssd_fast.data.loaders import load_sets, make_train_loader
-from ssd_fast.distributed.world import World, launched_by_slurm
+from ssd_fast.distributed.slurm import launched_by_slurm
+from ssd_fast.distributed.world import World
 from ssd_fast.files import write_atomically
 from ssd_fast.hardware import compute_dtype, device_name, input_threads, usable_cores
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
 from ssd_fast.recipe import load_config
-from ssd_fast.training.step import Trainer
+from ssd_fast.training.step import TrainStep
 
 MEASURES = {"input": "input alone", "step": "step alone", "both": "both together"}
 UNTIMED_STEPS = 2
@@ -84,7 +85,7 @@ def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator
     torch.manual_seed(seed)
     model, peer_model = (SSD(config.model, num_classes) for _ in range(2))
     peer_model.load_state_dict(model.state_dict())
-    ours = Trainer(model, config.optimizer, device=device, dtype=dtype)
+    ours = TrainStep(model, config.optimizer, device=device, dtype=dtype)
     synthetic = SyntheticTrainLoader(
         num_anchors=len(anchors_cxcywh),
         num_classes=num_classes,
@@ -107,7 +108,7 @@ def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator
             "ours": Side(
                 batches=chain.from_iterable(train_loader.epoch() for _ in count()),
                 num_prefetched=config.data.prefetch_batches,
-                step=lambda batch: ours.train_step(batch, learning_rate),
+                step=lambda batch: ours(batch, learning_rate),
                 fixed=fixed,
             ),
             "peer": Side(

@@ -18,9 +18,9 @@ from torchvision.models.detection import ssd
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
-from dali_pipelines.batch import LabelledImages
+from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Augmentation, LabelledImages
 from kernels.boxes import cxcywh_to_ltrb
-from ssd_fast.config import AugmentationConfig, OptimizerConfig
+from ssd_fast.config import OptimizerConfig
 from ssd_fast.model.ssd import SSD
 
 PREFETCHED_PER_WORKER = 2  # batches; the DataLoader's default
@@ -43,7 +43,7 @@ class PeerBatch(NamedTuple):
 class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Augmented images of a set whose annotations have been parsed, those that have boxes."""
 
-    def __init__(self, images: LabelledImages, augmentation: AugmentationConfig, image_size: int) -> None:
+    def __init__(self, images: LabelledImages, augmentation: Augmentation, image_size: int) -> None:
         self._images = images
         self._with_boxes = np.flatnonzero(np.diff(images.offsets))
         # In the crop, torchvision asks an option's IoU of one box of the image, ours of all, and its range of aspects
@@ -63,7 +63,7 @@ class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 v2.RandomHorizontalFlip(augmentation.flip_probability),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
                 v2.SanitizeBoundingBoxes(),  # drops boxes whose centre was cut off, as ours, and those below a pixel
             ]
         )

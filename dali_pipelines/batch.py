@@ -1,14 +1,69 @@
-"""The data contract between the pipelines and everything that consumes them."""
+"""The types that go into the pipelines and come out of them. Importing this module loads neither DALI nor torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-if TYPE_CHECKING:  # reading annotations, in a process of its own, does not wait for torch
+if TYPE_CHECKING:  # a process that only reads annotations starts without torch
     from torch import Tensor
+
+# Mean and standard deviation of ImageNet's pixels, RGB, as fractions of white: images are normalised with them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+class Augmentation(BaseModel):
+    """Random changes of training images: SSD crop, colour changes, flip. It is a section of the recipe."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+    crop_min_ious: tuple[Fraction, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+    """Options of the crop, drawn with equal chance: every box that is kept overlaps the crop by at least this IoU; 0 is
+    no condition."""
+    crop_allow_none: bool = True
+    """Make "no crop" one more option, as likely as each of crop_min_ious."""
+    crop_sides: tuple[Fraction, Fraction] = (0.3, 1.0)
+    """Range of the crop's width and height, as fractions of the image's."""
+    crop_aspect: Range = (0.5, 2.0)
+    """Range of the crop's aspect: width / height, both as fractions of the image's."""
+    crop_attempts: Annotated[int, Field(gt=0)] = 1
+    """Crops tried for an option before another option is drawn. After 1,000 options without success, which can happen
+    only without "no crop", the best crop found is used; it may hold no box."""
+    brightness: Range = (0.875, 1.125)
+    """Range of the brightness factor."""
+    contrast: Range = (0.5, 1.5)
+    """Range of the contrast factor."""
+    saturation: Range = (0.5, 1.5)
+    """Range of the saturation factor."""
+    hue_degrees: Annotated[float, Field(ge=0, le=180)] = 18.0
+    """Largest rotation of the hue in either direction, degrees."""
+    flip_probability: Fraction = 0.5
+    """Chance of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        for key in ("crop_sides", "crop_aspect", "brightness", "contrast", "saturation"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key} = [{low:g}, {high:g}]: expected [low, high] with low <= high")
+        if not self.crop_min_ious and not self.crop_allow_none:
+            raise ValueError("crop_min_ious = [] with crop_allow_none = false: expected at least one option")
+        return self
 
 
 class LabelledImages(NamedTuple):

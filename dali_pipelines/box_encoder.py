@@ -1,4 +1,4 @@
-"""DALI's encoder of boxes: as a node of the training pipeline, and alone, to be compared and timed."""
+"""DALI's encoder of boxes: as graph nodes of the training pipeline, and on its own, to be compared and timed."""
 
 from typing import Any
 
@@ -8,25 +8,33 @@ from nvidia.dali import Pipeline, fn
 from torch import Tensor
 
 
-def target_nodes(boxes: Any, labels: Any, anchors_ltrb: np.ndarray, device: torch.device) -> tuple[Any, Any]:
-    """Graph nodes of the deltas and labels of all anchors, on the device, from boxes (ltrb fractions) on the CPU.
+def target_nodes(
+    boxes: Any, labels: Any, anchors_ltrb: np.ndarray, variances: tuple[float, float], device: torch.device
+) -> tuple[Any, Any]:
+    """Graph nodes of the deltas and labels of all anchors, on the device.
 
-    Among anchors of equal IoU the last one wins; the anchor of a box without area gets infinite deltas.
+    boxes: on the CPU, ltrb fractions of the image. labels: of the boxes.
+    anchors_ltrb: [A, 4] float32.
+    variances: divisors of the deltas of a box's centre and size.
+    Among anchors of equal IoU the last one wins. The anchor of a box without area gets infinite deltas.
     """
     boxes, labels = _on_device(boxes, labels, device)
-    anchors = anchors_ltrb.ravel().tolist()
-    return fn.box_encoder(boxes, labels, anchors=anchors, offset=True, stds=[0.1, 0.1, 0.2, 0.2])
+    centre, size = variances
+    return fn.box_encoder(
+        boxes, labels, anchors=anchors_ltrb.ravel().tolist(), offset=True, stds=[centre, centre, size, size]
+    )
 
 
 class BoxEncoder:
-    """DALI's encoder with one batch to encode.
+    """DALI's encoder with one fixed batch to encode.
 
-    The pipeline is neither pipelined nor asynchronous, so that nothing is prepared between calls. What a pipeline
-    costs besides is the time of another one with encode = False, which only hands the boxes on: on two cores of an AMD
-    EPYC 0.3 ms of the 5 to 35 ms that 8 images of 8 to 60 boxes take.
+    The pipeline neither prefetches nor runs asynchronously, so that nothing is prepared between calls. Its own cost is
+    the time of one with encode = False, which only hands the boxes on: on two cores of an AMD EPYC 0.3 ms of the 5 to
+    35 ms that 8 images of 8 to 60 boxes take.
 
-    boxes_ltrb: [B, G, 4] float32, fractions of the image; labels: [B, G] int32.
+    boxes_ltrb: [B, G, 4] float32, fractions of the image. labels: [B, G] int32.
     anchors_ltrb: [A, 4] float32.
+    variances: divisors of the deltas of a box's centre and size.
     """
 
     def __init__(
@@ -35,6 +43,7 @@ class BoxEncoder:
         labels: np.ndarray,
         anchors_ltrb: np.ndarray,
         *,
+        variances: tuple[float, float],
         device: torch.device,
         num_threads: int,
         encode: bool = True,
@@ -48,16 +57,17 @@ class BoxEncoder:
         )
         with self._pipeline:
             boxes, classes = fn.external_source(source=lambda: (boxes_ltrb, labels), num_outputs=2, no_copy=True)
-            targets = (
-                target_nodes(boxes, classes, anchors_ltrb, device) if encode else _on_device(boxes, classes, device)
-            )
-            self._pipeline.set_outputs(*targets)
+            if encode:
+                outputs = target_nodes(boxes, classes, anchors_ltrb, variances, device)
+            else:
+                outputs = _on_device(boxes, classes, device)
+            self._pipeline.set_outputs(*outputs)
         self._pipeline.build()
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """Deltas [B, A, 4] float32 and labels [B, A] int32, complete, and valid until the next call.
+        """Return deltas [B, A, 4] float32 and labels [B, A] int32, complete, and valid until the next call.
 
-        Without encoding: boxes and labels, as they were given.
+        With encode = False: return boxes and labels as they were given.
         """
         return tuple(torch.from_dlpack(output.as_tensor()) for output in self._pipeline.run())
 

@@ -12,9 +12,11 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-# ImageNet's statistics on the scale of 8-bit pixels, RGB.
-_MEAN = [255 * value for value in (0.485, 0.456, 0.406)]
-_STD = [255 * value for value in (0.229, 0.224, 0.225)]
+from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
+
+# On the scale of 8-bit pixels.
+_MEAN = [255 * value for value in IMAGENET_MEAN]
+_STD = [255 * value for value in IMAGENET_STD]
 
 
 class ImageError(ValueError):

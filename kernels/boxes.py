@@ -7,8 +7,7 @@ by centre and size (cxcywh).
 import torch
 from torch import Tensor
 
-CENTRE_VARIANCE = 0.1
-SIZE_VARIANCE = 0.2
+from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
 
 
 def ltrb_to_cxcywh(boxes_ltrb: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.boxes import cxcywh_to_ltrb, decode_deltas, encode_deltas, iou_matrix
+from kernels.constants import NEGATIVES_PER_POSITIVE
 from kernels.types import Detections, LossParts, Targets
-
-NEGATIVES_PER_POSITIVE = 3
 
 
 @torch.no_grad()
@@ -168,16 +167,9 @@ def decode_nms(
         counts=boxes.new_zeros(batch_size, dtype=torch.int32),
     )
     for image in range(batch_size):
-        anchors, classes = candidates[image].nonzero(as_tuple=True)  # [N] each, in order of anchor, then class
-        best_first = scores[image, anchors, classes].sort(descending=True, stable=True).indices
-        anchors, classes = anchors[best_first], classes[best_first]
-
-        ranks = _ranks_within(classes)
-        entering = ranks < max_per_class
-        anchors, classes, ranks = anchors[entering], classes[entering], ranks[entering]
-        kept = _suppress(boxes[image, anchors], classes, ranks, iou_threshold)
-        anchors, classes = anchors[kept][:max_detections], classes[kept][:max_detections]
-
+        anchors, classes = _choose(
+            scores[image], boxes[image], candidates[image], iou_threshold, max_per_class, max_detections
+        )
         count = anchors.numel()
         detections.boxes_ltrb[image, :count] = boxes[image, anchors]
         detections.scores[image, :count] = scores[image, anchors, classes]
@@ -197,6 +189,30 @@ def _match(ious: Tensor, by_tie_rank: Tensor, iou_threshold: float) -> Tensor:
     ground_truths = torch.arange(ious.shape[0], device=ious.device)
     forced = torch.full_like(owners, -1).scatter_reduce(0, best_anchors, ground_truths, "amax")
     return torch.where(forced >= 0, forced, owners)
+
+
+def _choose(
+    scores: Tensor,
+    boxes_ltrb: Tensor,
+    candidates: Tensor,
+    iou_threshold: float,
+    max_per_class: int,
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:
+    """Anchors and classes [D] int64 of one image's detections, best first, by the rules of `decode_nms`.
+
+    scores: [A, C - 1], without background. boxes_ltrb: [A, 4]. candidates: [A, C - 1] bool. Class 0 is the first one
+    after background.
+    """
+    anchors, classes = candidates.nonzero(as_tuple=True)  # [N] each, in order of anchor, then class
+    best_first = scores[anchors, classes].sort(descending=True, stable=True).indices
+    anchors, classes = anchors[best_first], classes[best_first]
+
+    ranks = _ranks_within(classes)
+    entering = ranks < max_per_class
+    anchors, classes, ranks = anchors[entering], classes[entering], ranks[entering]
+    kept = _suppress(boxes_ltrb[anchors], classes, ranks, iou_threshold)
+    return anchors[kept][:max_detections], classes[kept][:max_detections]
 
 
 def _ranks_within(classes: Tensor) -> Tensor:

@@ -62,14 +62,14 @@ def _losses(profile: Profile, whole: Stage) -> Iterator[Finding]:
             lost=(parts.seconds(OPTIMIZER) - ideal_s) / step_s,
             sentence=f"the optimizer: it takes {1e3 * parts.seconds(OPTIMIZER):.3g} ms a step, where to read and write "
             f"{work.parameter_bytes / 1e6:.0f} MB of weights, gradients and momentum takes {1e3 * bytes_s:.2g} ms. "
-            "Look for what else happens in it (ssd_fast/training/optim.py, Trainer.train_step).",
+            "Look for what else happens in it (ssd_fast/training/optim.py, TrainStep.__call__).",
         )
         arithmetic_s = parts.seconds(FORWARD) + parts.seconds(BACKWARD)
         yield Finding(
             name="loss",
             lost=(parts.seconds(LOSS) - _USUAL_LOSS * arithmetic_s) / step_s,
             sentence=f"the loss: it takes {parts.seconds(LOSS) / arithmetic_s:.0%} of what forward and backward take. "
-            "Look for what else happens in it than kernels.multibox_loss (ssd_fast/model/loss.py, Trainer.train_step).",
+            "Look for what else happens in it than kernels.multibox_loss (ssd_fast/model/loss.py, TrainStep.__call__).",
         )
     if profile.doubled and alone:
         doubled_s = sum(profile.doubled.values())

@@ -15,6 +15,7 @@ import kernels
 from dali_pipelines.box_encoder import BoxEncoder
 from kernels import reference
 from kernels.boxes import cxcywh_to_ltrb
+from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
 from kernels.types import Detections, Targets
 from ssd_fast.hardware import usable_cores
 
@@ -91,8 +92,10 @@ def encode_case(anchors_cxcywh: Tensor, batch_size: int, boxes_per_image: int, g
     arguments = (boxes_ltrb.flatten(0, 1), labels.flatten(), offsets, anchors_cxcywh)
     anchors_ltrb = cxcywh_to_ltrb(anchors_cxcywh)
     arrays = [tensor.cpu().numpy() for tensor in (boxes_ltrb, labels, anchors_ltrb)]
+    variances = (CENTRE_VARIANCE, SIZE_VARIANCE)
     by_dali, handed_on = (
-        BoxEncoder(*arrays, device=device, num_threads=usable_cores(), encode=encode) for encode in (True, False)
+        BoxEncoder(*arrays, variances=variances, device=device, num_threads=usable_cores(), encode=encode)
+        for encode in (True, False)
     )
 
     def difference_up_to_rounding(result: tuple[Tensor, ...], expected: Targets) -> float:

@@ -1,9 +1,9 @@
-"""The history of a run for other tools: metrics.jsonl and TensorBoard. Owner of TensorBoard."""
+"""The history of a run for other tools: metrics.jsonl and TensorBoard."""
 
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,24 @@ _TENSORBOARD_TAGS = {"loss": "loss/total", "box_loss": "loss/box", "class_loss":
 
 
 class MetricsWriter:
-    """Appends a run's figures to OUTPUT/metrics.jsonl, one JSON object a line, and to OUTPUT/tensorboard.
+    """A writer of OUTPUT/metrics.jsonl, one JSON object per line, and OUTPUT/tensorboard.
 
     Lines of training have kind "train" and the keys step, epoch, loss, box_loss, class_loss, learning_rate and
     images_per_second; lines of an evaluation have kind "eval", step, epoch and the names of the scores. A figure that
-    is not finite is null. Every line is handed to the system at once: a killed process leaves at most a torn last one.
+    is not finite is null. Every line is written at once: a killed process leaves at most one incomplete line.
     """
 
-    def __init__(self, output_dir: Path, *, resume_step: int | None) -> None:
-        """Opens the history of a run.
+    def __init__(self, output_dir: Path, *, resume_step: int | None, scored_epochs: Collection[int]) -> None:
+        """Open the history of a run.
 
         output_dir: existing folder.
-        resume_step: the step the run goes on from; what an earlier attempt wrote of later steps is dropped. None for a
-            new run, which drops everything.
+        resume_step: the step that the run resumes from. Records of later steps are dropped; None drops all.
+        scored_epochs: epochs whose scores are known. Records of other evaluations are dropped: they are repeated.
         Raises OSError naming the file where it cannot be written.
         """
         self._path = output_dir / "metrics.jsonl"
-        write_atomically(self._path, "".join(line + "\n" for line in _lines_until(self._path, resume_step)).encode())
+        kept = _lines_until(self._path, resume_step, scored_epochs)
+        write_atomically(self._path, "".join(line + "\n" for line in kept).encode())
         self._file = self._path.open("ab", buffering=0)
         self._plots_dir = output_dir / "tensorboard"
         self._tensorboard = SummaryWriter(
@@ -51,7 +52,7 @@ class MetricsWriter:
         learning_rate: float,
         images_per_second: float,
     ) -> None:
-        """Records the figures of a training step.
+        """Record the figures of a training step.
 
         step: steps done since the beginning of the run, this one included.
         epoch: epochs done, with their fraction.
@@ -69,13 +70,13 @@ class MetricsWriter:
         self._plot({_TENSORBOARD_TAGS.get(name, name): value for name, value in figures.items()}, step)
 
     def evaluation(self, step: int, epoch: int, scores: Mapping[str, float]) -> None:
-        """Records the scores of an evaluation after `step` steps and `epoch` epochs, under the names they have."""
+        """Record the scores of the evaluation after `step` steps and `epoch` epochs, by name."""
         figures = {name: float(score) for name, score in scores.items()}
         self._append({"kind": "eval", "step": step, "epoch": epoch, **figures})
         self._plot({f"eval/{name}": value for name, value in figures.items()}, step)
 
     def close(self) -> None:
-        """Ends the history; everything is in its files afterwards."""
+        """Write everything and close the files."""
         self._file.close()
         with _errors_naming(self._plots_dir):
             self._tensorboard.close()
@@ -95,10 +96,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order.
-
-    An unreadable line (torn by a killed process) is left out with a warning.
-    """
+    """Records of a metrics.jsonl, in order. Incomplete lines, of a killed process, are left out with a warning."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -113,15 +111,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lines_until(path: Path, step: int | None) -> list[str]:
+def _lines_until(path: Path, step: int | None, scored_epochs: Collection[int]) -> list[str]:
     if step is None or not path.exists():
         return []
-    return [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
+    return [
+        json.dumps(record)
+        for record in read_metrics(path)
+        if record["step"] <= step and (record.get("kind") != "eval" or record["epoch"] in scored_epochs)
+    ]
 
 
 @contextmanager
 def _errors_naming(path: Path) -> Iterator[None]:
-    """Gives the errors of writing, which come without one, the name of the file."""
+    """A context that adds the name of the file to errors of writing."""
     try:
         yield
     except OSError as error:

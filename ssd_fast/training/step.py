@@ -1,9 +1,9 @@
-"""One training step and the meter of its losses, shared by training and profiling."""
+"""One training step and the meter of its losses."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,8 +17,12 @@ from ssd_fast.timing import NULL_TIMELINE, NullTimeline
 from ssd_fast.training.optim import group_batch_norm, make_optimizer, make_scaler, set_learning_rate
 
 
-class Trainer:
-    """A network and its optimizer, and the step that trains them."""
+class TrainStep:
+    """One training step of a network, with its optimizer and gradient scaler.
+
+    running_statistics: [N] float32, means and variances of all BatchNorm layers; the model has views of it.
+    timeline: gets the regions of STEP_PARTS in every step.
+    """
 
     def __init__(
         self,
@@ -30,11 +34,11 @@ class Trainer:
         world: World | None = None,
         distributed: DistributedConfig | None = None,
     ) -> None:
-        """dtype: what the network computes in, under autocast unless it is float32; parameters stay float32.
+        """Move the model to the device.
 
-        world: with whom it trains. The model must be the same on all ranks, and stays so but for running_statistics.
-        The attribute running_statistics, [N] float32, holds BatchNorm's means and variances; the model has views of it.
-        The attribute timeline may be given one, which gets the regions of STEP_PARTS in every step.
+        dtype: in which the network computes, under autocast unless it is float32; parameters stay float32.
+        world: the ranks that train together. The model must be the same on all of them; it stays the same but for
+            running_statistics.
         """
         self.timeline: NullTimeline = NULL_TIMELINE
         self.world = world or World()
@@ -51,11 +55,11 @@ class Trainer:
         )
         self.scaler = make_scaler(device, dtype)
 
-    def train_step(self, batch: TrainBatch, learning_rate: float) -> Loss:
-        """Forward, loss, backward and update for one batch; the loss before the update, on the device.
+    def __call__(self, batch: TrainBatch, learning_rate: float) -> Loss:
+        """Run forward, loss, backward and update for one batch; return the loss before the update, on the device.
 
-        Does not wait for the device. A step whose loss or gradient is not finite, on any rank, leaves parameters and
-        momentum as they were, and one whose own loss is not finite BatchNorm's statistics too.
+        Does not wait for the device. A loss or gradient that is not finite, on any rank, leaves parameters and momentum
+        unchanged. A loss that is not finite on this rank leaves its BatchNorm statistics unchanged too.
         """
         timeline, autocast = self.timeline, self.dtype != torch.float32
         with timeline.region(FORWARD):
@@ -85,9 +89,9 @@ class Trainer:
 
     @contextmanager
     def averaged_statistics(self) -> Iterator[None]:
-        """Within it BatchNorm's running statistics are the means of all ranks'; each rank's own come back after it.
+        """A context in which BatchNorm's running statistics are the means over all ranks, for evaluating and saving.
 
-        They are what a model is evaluated and saved with; training does not read them, and so goes on exactly.
+        Each rank's own come back after it. Training does not read them, and so continues exactly.
         """
         own = self.running_statistics.clone()
         self.world.average_(self.running_statistics)
@@ -103,11 +107,34 @@ class Trainer:
             digest.update(parameter.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    def state_dict(self) -> dict[str, Any]:
+        """State of model, optimizer and scaler, and of torch's random generators, for `load_state_dict`."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], running_statistics: torch.Tensor) -> None:
+        """Continue from a state. running_statistics: this rank's own, in place of the model's."""
+        self.model.load_state_dict(state["model"])
+        self.running_statistics.copy_(running_statistics)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
 
 class LossWindow(NamedTuple):
-    """Means of the finite losses of all ranks over a window of steps (NaN if there was none), and what was not finite.
+    """Losses of a window of steps: means over all ranks and over the steps with a finite loss, NaN without such a step.
 
-    longest_nonfinite: most steps in a row, those before the window included. last_nonfinite_step: -1 if there was none.
+    num_nonfinite: steps with a loss that is not finite. longest_nonfinite: the most of them in a row, including those
+    before the window. last_nonfinite_step: -1 if there was none.
     """
 
     total: float
@@ -119,7 +146,7 @@ class LossWindow(NamedTuple):
 
 
 class LossMeter:
-    """Keeps losses on the device, for the host to read once per window; all ranks read the same."""
+    """A store of losses on the device, which the host reads once per window; all ranks read the same."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -128,12 +155,12 @@ class LossMeter:
         self._in_a_row = 0
 
     def add(self, loss: Loss, step: int) -> None:
-        """Takes in the loss of a step, without waiting for it."""
+        """Add the loss of a step, without waiting for it."""
         self._losses.append(torch.stack([loss.total, loss.box, loss.class_]))
         self._steps.append(step)
 
     def read(self) -> LossWindow:
-        """The window so far, and the beginning of the next. Waits for the device, and for the other ranks."""
+        """Return the window so far and begin the next one. Waits for the device and for the other ranks."""
         losses = self._world.average_(torch.stack(self._losses).double().cpu())  # one bad loss spoils the mean: wanted
         finite = torch.isfinite(losses).all(dim=1)
         longest = self._in_a_row
@@ -147,7 +174,7 @@ class LossMeter:
 
 
 def _share_storage(model: SSD) -> torch.Tensor:
-    """One tensor [N] that all running statistics of the model become views of: saved or restored in one operation."""
+    """Make all running statistics of the model views of one tensor [N], which one operation saves or restores."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     for buffer, view in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):

@@ -1,36 +1,41 @@
-"""What a run leaves for people to look at: curves, detections against ground truth, precision over recall."""
-
-from pathlib import Path
+"""Images that a run leaves: its curves, detections against ground truth, precision over recall."""
 
 import numpy as np
 from PIL import Image
 
-from ssd_fast.data.coco import Category, CocoSet
+from ssd_fast.data.annotations import Category
+from ssd_fast.data.boxes import xywh_to_ltrb
+from ssd_fast.data.coco import CocoSet
 from ssd_fast.evaluation.coco_eval import DetectionTable, read_results, score
 from ssd_fast.evaluation.draw import GridCell, draw_grid
 from ssd_fast.training.curves import plot_curves, plot_precision_recall
+from ssd_fast.training.folder import RunFolder
+from ssd_fast.training.scores import Scores
 
 NUM_IMAGES = 12
 DRAWN_SCORE = 0.3
 
 
-def draw_report(output: Path, val_set: CocoSet, categories: tuple[Category, ...], detections_file: Path) -> None:
-    """Writes curves.png, precision_recall.png and detections.png to a run's folder, from the files in it.
+def draw_summary(folder: RunFolder, val_set: CocoSet, categories: tuple[Category, ...], scores: Scores) -> None:
+    """Write the curves of a run, the precision over recall of its best evaluation, and detections of it.
 
-    val_set: what was evaluated. categories: what the network detects, by the names of which the set has its own ids.
-    detections_file: of the run's best evaluation.
+    val_set: the validation set. categories: classes of the network. scores: of the run.
     """
-    plot_curves(output / "metrics.jsonl", output / "curves.png")
-    table = read_results(detections_file)
+    plot_curves(folder.metrics, folder.curves_image)
     names = [category.name for category in categories]
-    category_ids = [category.id for category in val_set.categories if category.name in names]
-    scores = score(val_set.annotation_file, table, category_ids=category_ids)
-    plot_precision_recall(scores.precision_50, list(scores.per_class), output / "precision_recall.png")
-    draw_grid(_choose_cells(val_set, table), output / "detections.png", class_names=names)
+    table = read_results(folder.detections)
+    if scores.curves:
+        per_class = scores.curves.precision_50
+        plot_precision_recall(np.array([*per_class.values()]).T, list(per_class), folder.precision_recall_image)
+    else:  # the best evaluation was made by an earlier version, which did not keep its curves
+        category_ids = [category.id for category in val_set.categories if category.name in names]
+        best = score(val_set.annotation_file, table, category_ids=category_ids)
+        plot_precision_recall(best.precision_50, list(best.per_class), folder.precision_recall_image)
+    draw_grid(_choose_cells(val_set, table), folder.detections_image, class_names=names)
 
 
 def _choose_cells(val_set: CocoSet, table: DetectionTable) -> list[GridCell]:
-    """Images spread over the whole set, each with its ground truth and its confident detections."""
+    """A dozen images spread over the set, each with its ground truth and its confident detections."""
     images = val_set.images
     names = {category.id: category.name for category in val_set.categories}
     num_images = len(images.file_names)
@@ -46,7 +51,7 @@ def _choose_cells(val_set: CocoSet, table: DetectionTable) -> list[GridCell]:
                 image=pixels,
                 truth_boxes_ltrb=images.boxes_ltrb[truths],
                 truth_labels=[val_set.categories[label - 1].name for label in images.labels[truths]],
-                boxes_ltrb=np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1),
+                boxes_ltrb=xywh_to_ltrb(boxes_xywh),
                 labels=[names[category_id] for category_id in table.category_ids[found].tolist()],
                 scores=table.scores[found],
                 caption=images.file_names[index],

@@ -1,6 +1,7 @@
 """Anchors: values, order, and the permutation to the order of the MLPerf reference."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ssd_fast.model.anchors import make_anchors, model_anchors, reference_order
 from ssd_fast.recipe import load_config
 
 RECIPE = REPOSITORY / "configs" / "ssd300.toml"
-SSD1200 = {
+SSD1200: dict[str, Any] = {
     "image_size": 1200,
     "grid_sizes": (50, 25, 13, 7, 3, 3),
     "steps": (24, 48, 1200 / 13, 1200 / 7, 400, 400),

@@ -24,7 +24,7 @@ from ssd_fast.profiling.profile import BOTH, EVALUATION, INPUT_ALONE, STAGES, ST
 from ssd_fast.profiling.profiler import Profiler, _covered
 from ssd_fast.recipe import load_config
 from ssd_fast.training import loop, step
-from ssd_fast.training.step import OPTIMIZER, STEP_PARTS, Trainer
+from ssd_fast.training.step import OPTIMIZER, STEP_PARTS, TrainStep
 
 
 @pytest.fixture(autouse=True)
@@ -99,13 +99,13 @@ def test_operations_are_those_of_the_recipe() -> None:
 
 
 def test_what_is_timed_is_training_itself(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, original = [], Trainer.train_step
+    steps, original = [], TrainStep.__call__
 
-    def train_step(self: Trainer, batch: Any, learning_rate: float) -> Loss:
+    def train_step(self: TrainStep, batch: Any, learning_rate: float) -> Loss:
         steps.append(batch.images.shape)
         return original(self, batch, learning_rate)
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(TrainStep, "__call__", train_step)
     report = measure(synthetic_set, [BOTH])
     both = report.stage(BOTH)
     assert both is not None

@@ -3,7 +3,7 @@
 import json
 import logging
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ SCORE_NAMES = (
 
 
 @contextmanager
-def open_writer(directory: Path, resume_step: int | None = None) -> Iterator[MetricsWriter]:
-    writer = MetricsWriter(directory, resume_step=resume_step)
+def open_writer(
+    directory: Path, resume_step: int | None = None, scored_epochs: Sequence[int] = (1, 2, 3)
+) -> Iterator[MetricsWriter]:
+    writer = MetricsWriter(directory, resume_step=resume_step, scored_epochs=scored_epochs)
     yield writer
     writer.close()
 
@@ -154,14 +156,14 @@ def test_failed_rewrite_leaves_the_earlier_history(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match=r"No space.*metrics\.jsonl"):
-        MetricsWriter(tmp_path, resume_step=10)
+        MetricsWriter(tmp_path, resume_step=10, scored_epochs=())
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with mock.patch("ssd_fast.training.history.SummaryWriter"):
-        writer = MetricsWriter(tmp_path, resume_step=None)
+        writer = MetricsWriter(tmp_path, resume_step=None, scored_epochs=())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a file may not grow past 100 bytes
     try:

@@ -10,19 +10,19 @@ from dali_pipelines.batch import TrainBatch
 from ssd_fast.distributed.world import World
 from ssd_fast.model.loss import Loss
 from ssd_fast.model.ssd import SSD
-from ssd_fast.training.step import LossMeter, Trainer
+from ssd_fast.training.step import LossMeter, TrainStep
 
 CPU = torch.device("cpu")
 GOLDEN = [18.5001, 15.2469, 11.1869, 8.4037, 7.1155, 6.4857]
 
 
-def make_trainer(overrides: tuple[str, ...] = (), *, dtype: torch.dtype = torch.float32) -> Trainer:
+def make_trainer(overrides: tuple[str, ...] = (), *, dtype: torch.dtype = torch.float32) -> TrainStep:
     config = tiny_config(overrides)
     torch.manual_seed(0)
-    return Trainer(SSD(config.model, num_classes=3), config.optimizer, device=CPU, dtype=dtype)
+    return TrainStep(SSD(config.model, num_classes=3), config.optimizer, device=CPU, dtype=dtype)
 
 
-def make_batch(trainer: Trainer, seed: int = 0) -> TrainBatch:
+def make_batch(trainer: TrainStep, seed: int = 0) -> TrainBatch:
     generator = torch.Generator().manual_seed(seed)
     num_anchors = trainer.model.num_anchors
     labels = torch.zeros(4, num_anchors, dtype=torch.int32)
@@ -31,7 +31,7 @@ def make_batch(trainer: Trainer, seed: int = 0) -> TrainBatch:
     return TrainBatch(images, torch.randn(4, num_anchors, 4, generator=generator) * (labels > 0)[..., None], labels)
 
 
-def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+def state_of(trainer: TrainStep) -> dict[str, torch.Tensor]:
     statistics = {name: value.clone() for name, value in trainer.model.named_buffers() if value.is_floating_point()}
     tensors = statistics | {name: value.clone() for name, value in trainer.model.named_parameters()}
     for index, state in trainer.optimizer.state_dict()["state"].items():
@@ -42,7 +42,7 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_losses_of_a_fixed_short_run_are_golden() -> None:
     trainer = make_trainer()
     batch = make_batch(trainer)
-    losses = [trainer.train_step(batch, 0.0002).total.item() for _ in range(6)]
+    losses = [trainer(batch, 0.0002).total.item() for _ in range(6)]
     assert losses == pytest.approx(GOLDEN, rel=2e-3)
 
 
@@ -53,8 +53,8 @@ def test_steps_equal_those_of_plain_sgd() -> None:
     oracle.optimizer = plain
     for seed in range(3):
         batch = make_batch(trainer, seed)
-        trainer.train_step(batch, 0.02)
-        oracle.train_step(batch, 0.02)
+        trainer(batch, 0.02)
+        oracle(batch, 0.02)
     for ours, theirs in zip(trainer.model.parameters(), oracle.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
@@ -69,23 +69,23 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_momentum_nor_stat
     trainer = make_trainer(clip)
     batch = make_batch(trainer)
     if not first:
-        trainer.train_step(batch, 0.02)
+        trainer(batch, 0.02)
     before = state_of(trainer)
     if where == "images":
         poisoned = batch._replace(images=batch.images + bad)
     else:
         poisoned = batch._replace(deltas=batch.deltas.masked_fill(batch.labels[..., None] > 0, bad))
-    assert not math.isfinite(trainer.train_step(poisoned, 0.02).total.item())
+    assert not math.isfinite(trainer(poisoned, 0.02).total.item())
     after = state_of(trainer)
     assert not [name for name in before if not torch.equal(before[name], after[name])]
-    assert math.isfinite(trainer.train_step(batch, 0.02).total.item())
+    assert math.isfinite(trainer(batch, 0.02).total.item())
     assert not torch.equal(before["class_heads.0.weight"], state_of(trainer)["class_heads.0.weight"])
 
 
 def test_clipping_bounds_the_update() -> None:
     trainer = make_trainer(("optimizer.clip_norm=0.5", "optimizer.weight_decay=0.0", "optimizer.momentum=0.0"))
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.train_step(make_batch(trainer), 1.0)
+    trainer(make_batch(trainer), 1.0)
     moved = [(new - old).norm() for new, old in zip(trainer.model.parameters(), before, strict=True)]
     assert torch.stack(moved).norm().item() == pytest.approx(0.5, rel=1e-3)
 
@@ -102,7 +102,7 @@ def test_weight_decay_spares_norm_and_bias_only_when_told() -> None:
 def test_bfloat16_autocast_trains_with_float32_weights() -> None:
     trainer = make_trainer(dtype=torch.bfloat16)
     batch = make_batch(trainer)
-    losses = [trainer.train_step(batch, 0.002).total.item() for _ in range(6)]
+    losses = [trainer(batch, 0.002).total.item() for _ in range(6)]
     assert losses[-1] < losses[0]
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 

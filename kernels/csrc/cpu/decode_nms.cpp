@@ -12,6 +12,7 @@
 // is not finite give none. Deterministic, and the same with any number of threads. IoUs and boxes are computed as in
 // the plain version, operation by operation.
 #include "checks.h"
+#include "constants.h"
 #include "cpu/simd.h"
 
 #include <ATen/Dispatch_v2.h>
@@ -28,8 +29,6 @@
 
 namespace ssd_fast {
 
-constexpr float kCentreVariance = 0.1f;
-constexpr float kSizeVariance = 0.2f;
 constexpr int64_t kAnchorsPerTask = 1024;
 
 using Box = std::array<float, 4>;  // ltrb

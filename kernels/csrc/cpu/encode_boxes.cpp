@@ -12,6 +12,7 @@
 // truths with the same best anchor the last one takes it. Deterministic, and the same with any number of threads. IoUs
 // are computed as in the plain version, operation by operation, so that ties fall alike.
 #include "checks.h"
+#include "constants.h"
 #include "cpu/simd.h"
 
 #include <ATen/Parallel.h>
@@ -141,8 +142,8 @@ void check_ground_truths(
 void encode(const float* box, const float* anchor, float* deltas) {
   for (int axis = 0; axis < 2; ++axis) {
     const float low = box[axis], high = box[2 + axis], size = anchor[2 + axis];
-    deltas[axis] = 10.0f * (0.5f * (low + high) - anchor[axis]) / size;
-    deltas[2 + axis] = 5.0f * std::log((high - low) / size);
+    deltas[axis] = kInverseCentreVariance * (0.5f * (low + high) - anchor[axis]) / size;
+    deltas[2 + axis] = kInverseSizeVariance * std::log((high - low) / size);
   }
 }
 

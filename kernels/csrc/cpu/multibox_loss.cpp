@@ -20,6 +20,7 @@
 #endif
 
 #include "checks.h"
+#include "constants.h"
 #include "cpu/simd.h"
 
 #include <ATen/Dispatch.h>
@@ -44,7 +45,6 @@
 
 namespace ssd_fast {
 
-constexpr int64_t kNegativesPerPositive = 3;
 constexpr int64_t kAnchorsPerTask = 512;
 
 // Log-normalisers and cross-entropies of `num_rows` anchors; both NaN for a label that is out of range.

@@ -19,6 +19,7 @@
 // Ties: among equal scores the lower anchor, then the lower class. Anchors with a logit, a delta or a box coordinate
 // that is not finite give none. Boxes and IoUs are computed as in kernels/reference.py, operation by operation.
 #include "checks.h"
+#include "constants.h"
 #include "cuda/primitives.cuh"
 
 #include <ATen/Dispatch_v2.h>
@@ -35,8 +36,6 @@
 namespace ssd_fast {
 namespace {
 
-constexpr float kCentreVariance = 0.1f;
-constexpr float kSizeVariance = 0.2f;
 constexpr int kThreadsPerClass = 128;  // of suppress
 constexpr int kThreadsPerImage = 512;  // of write_detections
 constexpr int kMostInSharedMemory = 1024;  // keys and boxes; limits above it sort longer lists in global memory

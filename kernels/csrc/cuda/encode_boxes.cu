@@ -18,6 +18,7 @@
 // The host does not look at values, so they cannot be refused: ground truths without area, not finite or with a label
 // below 1 are left out, offsets are clamped to the boxes there are, tie_ranks are trusted to be a permutation.
 #include "checks.h"
+#include "constants.h"
 #include "cuda/primitives.cuh"
 
 #include <ATen/core/Tensor.h>
@@ -64,11 +65,11 @@ __device__ __forceinline__ bool is_usable(float4 box, int label) {
 __device__ __forceinline__ float4 encode(float4 box, float4 anchor_cxcywh) {
   const float centre_x = __fmul_rn(0.5f, __fadd_rn(box.x, box.z)), centre_y = __fmul_rn(0.5f, __fadd_rn(box.y, box.w));
   const float width = __fsub_rn(box.z, box.x), height = __fsub_rn(box.w, box.y);
-  return {  // 10 and 5: the inverse variances of centre and size
-      __fdiv_rn(__fmul_rn(10.0f, __fsub_rn(centre_x, anchor_cxcywh.x)), anchor_cxcywh.z),
-      __fdiv_rn(__fmul_rn(10.0f, __fsub_rn(centre_y, anchor_cxcywh.y)), anchor_cxcywh.w),
-      __fmul_rn(5.0f, logf(__fdiv_rn(width, anchor_cxcywh.z))),
-      __fmul_rn(5.0f, logf(__fdiv_rn(height, anchor_cxcywh.w)))};
+  return {
+      __fdiv_rn(__fmul_rn(kInverseCentreVariance, __fsub_rn(centre_x, anchor_cxcywh.x)), anchor_cxcywh.z),
+      __fdiv_rn(__fmul_rn(kInverseCentreVariance, __fsub_rn(centre_y, anchor_cxcywh.y)), anchor_cxcywh.w),
+      __fmul_rn(kInverseSizeVariance, logf(__fdiv_rn(width, anchor_cxcywh.z))),
+      __fmul_rn(kInverseSizeVariance, logf(__fdiv_rn(height, anchor_cxcywh.w)))};
 }
 
 // owners_then_labels [B, A]: the owners between tiles, at the end the labels.

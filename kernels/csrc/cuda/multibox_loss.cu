@@ -19,6 +19,7 @@
 // Deterministic: the radix select is exact and every sum has a fixed order. A label that is not in 0 to C - 1 makes its
 // anchor's loss and gradient NaN, and is never used as an index.
 #include "checks.h"
+#include "constants.h"
 #include "cuda/primitives.cuh"
 
 #include <ATen/Dispatch.h>
@@ -34,7 +35,6 @@
 namespace ssd_fast {
 namespace {
 
-constexpr int kNegativesPerPositive = 3;
 constexpr int kThreadsPerImage = 1024;  // of choose_anchors
 constexpr int kThreads = 256;           // of write_gradients
 

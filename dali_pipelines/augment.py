@@ -1,0 +1,98 @@
+"""The augmentation of training images as graph nodes: crop and decode, resize, change colours, normalise, flip."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import fn, math, types
+
+from dali_pipelines.batch import Augmentation
+from dali_pipelines.coco_reader import Samples
+from dali_pipelines.loader import decoder_placement, normalised, resized
+
+PIXEL_PARTS = ("read", "crop and decode", "resize", "colour, normalise, flip")
+
+# With "no crop" among seven options one image in 10^66 needs more; without it some boxes may allow no crop at all.
+_MAX_OPTIONS_DRAWN = 1000
+_PAGE_BYTES = 4096
+
+
+class Augmented(NamedTuple):
+    """Graph nodes of one augmented batch.
+
+    parts: by name of PIXEL_PARTS, what the images are after it. The last one is the network's input: normalised images
+        [S, S, 3] on the device. The first one is one byte of each page of the files: DALI maps files into memory, so
+        they are read only when their bytes are looked at.
+    boxes: on the CPU, ltrb fractions of the crop, flipped with the image.
+    labels: on the CPU, of the boxes that the crop keeps.
+    """
+
+    parts: dict[str, Any]
+    boxes: Any
+    labels: Any
+
+    @property
+    def images(self) -> Any:
+        return self.parts[PIXEL_PARTS[-1]]
+
+
+def augmented(
+    samples: Samples, augmentation: Augmentation, *, image_size: int, device: torch.device, hw_decoder_load: float
+) -> Augmented:
+    """Graph nodes of the augmented samples.
+
+    Colours are changed by DALI's one-pass operator, which differs from torchvision's ColorJitter in three ways. The
+    order is fixed: hue and saturation, then contrast, then brightness, without clipping in between. Contrast pulls
+    towards 128 instead of the image's mean grey. Hue turns the chroma plane of YIQ instead of the hue of HSV, by the
+    same angle in the same direction. Brightness and saturation agree to a grey level.
+    """
+    corner, extent, boxes, labels = _crop(samples, augmentation)
+    decoded = fn.decoders.image_slice(
+        samples.encoded,
+        corner,
+        extent,
+        device=decoder_placement(device),
+        hw_decoder_load=hw_decoder_load,
+        output_type=types.RGB,
+        adjust_orientation=False,  # boxes are in the frame of the stored pixels
+    )
+    shrunk = resized(decoded, image_size)
+    pixels = fn.color_twist(
+        shrunk,
+        brightness=_uniform(*augmentation.brightness),
+        contrast=_uniform(*augmentation.contrast),
+        saturation=_uniform(*augmentation.saturation),
+        hue=_uniform(-augmentation.hue_degrees, augmentation.hue_degrees),
+        dtype=types.FLOAT if device.type == "cpu" else types.UINT8,
+    )
+    if device.type == "cpu":  # there rounding takes longer than the colours, and math.clamp longer than both
+        pixels = math.min(math.max(pixels, 0.0), 255.0)
+    flip = fn.random.coin_flip(probability=augmentation.flip_probability)
+    pixels = normalised(pixels, device, mirror=flip)
+    parts = dict(zip(PIXEL_PARTS, (samples.encoded[::_PAGE_BYTES], decoded, shrunk, pixels), strict=True))
+    return Augmented(parts, fn.bb_flip(boxes, ltrb=True, horizontal=flip), labels)
+
+
+def _crop(samples: Samples, augmentation: Augmentation) -> tuple[Any, Any, Any, Any]:
+    """Corner and extent of the crop, fractions of the image; boxes and labels that it keeps."""
+    # Every augmentation gives the same operators, so that a saved state suits any of them.
+    min_ious, sides, aspect = augmentation.crop_min_ious, augmentation.crop_sides, augmentation.crop_aspect
+    if not min_ious:
+        min_ious, sides, aspect = (0.0,), (1.0, 1.0), (1.0, 1.0)
+    return fn.random_bbox_crop(
+        math.clamp(samples.boxes, 0.0, 1.0),  # a box that rounding moved beyond the image would end the pipeline
+        samples.labels,
+        thresholds=list(min_ious),
+        allow_no_crop=augmentation.crop_allow_none,
+        scaling=list(sides),
+        aspect_ratio=list(aspect),
+        num_attempts=augmentation.crop_attempts,
+        total_num_attempts=_MAX_OPTIONS_DRAWN * augmentation.crop_attempts,
+        bbox_layout="xyXY",
+        quiet=True,
+    )
+
+
+def _uniform(low: float, high: float) -> Any:
+    beyond = np.nextafter(np.float32(high), np.float32(np.inf))  # DALI rejects an empty range
+    return fn.random.uniform(range=[low, float(beyond)])
