@@ -136,7 +136,7 @@ def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: Site
         site.cluster.wait(lambda: "asked to stop: the training saves within 90 s" in site.log_of(job), START_S, job)
     site.cluster.start_requeued(job, START_S)
     assert site.cluster.wait_for_end(job, RUN_S) == Ended("COMPLETED", 0, 1), site.log_of(job)
-    assert f"{site.run_of(job)}: goes on after step" in site.log_of(job)
+    assert f"{site.run_of(job)}: resumes after step" in site.log_of(job)
     assert not (site.run_of(job) / "interrupted").exists()
     assert_same_end(site.run_of(job), site.run_of(uncut_job), STEPS)
 
