@@ -1,9 +1,9 @@
-"""The speed of this project's training beside that of torchvision_training.py: ratios, from one run.
+"""Compare the speed of this project's training with that of torchvision_training.py, in one run.
 
     python benchmarks/torchvision_peer.py --config configs/ssd300.toml --data DATA
 
 Both do the same work: same images and boxes, augmentation, layers, anchors, precision, batch and learning rate. They
-share a process and take turns: while one is timed, the other one and what it prepares ahead are at rest.
+share a process and take turns: while one is timed, the other one and its workers are idle.
 """
 
 import json
@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,7 +52,11 @@ IDLE_LIMIT_S = 60.0
 
 
 class Side(NamedTuple):
-    """One of the two: endless batches on the device, how many are prepared ahead, the step, and a fixed batch."""
+    """One side of the comparison.
+
+    batches: endless, on the device. num_prefetched: batches prepared ahead. step: trains on a batch.
+    fixed: a batch that needs no input.
+    """
 
     batches: Iterator[Any]
     num_prefetched: int
@@ -60,7 +65,7 @@ class Side(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Images per second of every turn, by side, and ratios of ours to the peer's."""
+    """Images per second of every turn, by side, and the ratios of ours to the peer's."""
 
     measure: str
     steps: int
@@ -71,12 +76,12 @@ class Row(NamedTuple):
 
 @contextmanager
 def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator[dict[str, Side]]:
-    """Ours and the peer, by name, while it lasts."""
+    """Set up our side and the peer's, by name; tear both down at the end."""
     batch_size, seed = config.training.batch_size, config.training.seed
     coco_set, _ = load_sets(config, data_dir)
     dataset = PeerDataset(coco_set.images, config.augmentation, config.model.image_size)
     num_workers = usable_cores()
-    # First: the workers are forks of this process, made before DALI and the operators start their threads.
+    # The peer comes first: its workers are forks, which must be made before DALI and the operators start threads.
     peer_batches = iter(make_peer_loader(dataset, batch_size, num_workers, pin_memory=device.type == "cuda"))
     anchors_cxcywh = model_anchors(config.model)
     train_loader = make_train_loader(config, coco_set, anchors_cxcywh, device, World())
@@ -96,7 +101,7 @@ def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator
         seed=seed,
     )
     fixed = next(synthetic.epoch())
-    # That of the warm-up's second step: targets that mean nothing make training diverge at a higher one.
+    # The rate of the warm-up's second step: with meaningless targets, training diverges at a higher one.
     learning_rate = config.optimizer.learning_rate_at(
         1, global_batch_size=batch_size, steps_per_epoch=train_loader.steps_per_epoch
     )
@@ -124,7 +129,7 @@ def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator
 
 
 def compare(sides: dict[str, Side], measure: str, *, steps: int, rounds: int, images: int, device: torch.device) -> Row:
-    """Both sides in turns. images: of a step."""
+    """Time both sides in turns. images: of a step."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -135,10 +140,12 @@ def compare(sides: dict[str, Side], measure: str, *, steps: int, rounds: int, im
 
 
 def seconds(side: Side, measure: str, steps: int, device: torch.device) -> float:
-    """What steps take that begin with nobody else at work, and with nothing left of what was prepared ahead."""
+    """Time of the steps, begun when everything else is idle and no batch prepared earlier is left."""
     wait_until_idle(device)
     if measure != "step":
-        for _ in range(2 * side.num_prefetched):  # what was there, and as many, until workers are out of phase again
+        for _ in range(
+            2 * side.num_prefetched
+        ):  # those prepared ahead, and as many again, until the workers are out of phase
             next(side.batches)
     for step in range(-UNTIMED_STEPS, steps):
         if step == 0:
@@ -152,23 +159,40 @@ def seconds(side: Side, measure: str, steps: int, device: torch.device) -> float
 
 
 def wait_until_idle(device: torch.device) -> None:
-    """Returns when neither this process nor a worker of the DataLoader has anything left to do."""
+    """Return when neither this process nor a worker of the DataLoader has anything left to do.
+
+    On a busy machine a worker may have work but get no CPU time, so a thread that is ready to run counts as busy.
+    """
     synchronize(device)
     used = cpu_seconds()
     deadline = time.monotonic() + IDLE_LIMIT_S
     while time.monotonic() < deadline:
         time.sleep(0.2)
         before, used = used, cpu_seconds()
-        if used - before <= 0.02:
+        if used - before <= 0.02 and not anybody_runs():
             return
-    raise TimeoutError(f"after {IDLE_LIMIT_S:g} s batches are still being prepared ahead: expected rest between turns")
+    raise TimeoutError(f"batches are still being prepared after {IDLE_LIMIT_S:g} s: expected idle workers by then")
 
 
 def cpu_seconds() -> float:
-    """What this process and its children have used so far."""
-    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    """CPU time that this process and its children have used so far."""
+    fields = [_stat(Path(f"/proc/{pid}/stat")) for pid in _pids()]
     return sum(int(row[11]) + int(row[12]) for row in fields) / os.sysconf("SC_CLK_TCK")  # user and system
+
+
+def anybody_runs() -> bool:
+    """True if a thread of this process or its children, other than the calling one, runs or is ready to run."""
+    threads = (thread for pid in _pids() for thread in Path(f"/proc/{pid}/task").iterdir())
+    return any(_stat(thread / "stat")[0] == "R" for thread in threads if thread.name != str(threading.get_native_id()))
+
+
+def _pids() -> list[int | None]:
+    return [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+
+
+def _stat(path: Path) -> list[str]:
+    """Fields of a process or thread from its state on, see proc(5)."""
+    return path.read_text().rpartition(")")[2].split()
 
 
 def synchronize(device: torch.device) -> None:
@@ -238,7 +262,7 @@ def run(
 
 
 def main() -> None:
-    """Runs the command; an error that its user can mend is one line on stderr and exit status 1."""
+    """Run the command. An error that the user can correct is one line on stderr and exit status 1."""
     try:
         app()
     except (ValueError, OSError) as error:

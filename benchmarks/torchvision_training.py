@@ -1,7 +1,7 @@
-"""Training of the same detector as one would otherwise write it, from torchvision's parts and its references.
+"""Training of the same detector as it is usually written, from the parts of torchvision and its reference scripts.
 
-Images are read with PIL and torchvision.transforms.v2 in a DataLoader; the network has the same layers, in NCHW; the
-loss is torchvision's own, with matching and sorting; it runs eagerly, under DistributedDataParallel.
+A DataLoader reads images with PIL and torchvision.transforms.v2. The network has the same layers, in NCHW. The loss is
+torchvision's own, with matching and sorting. Everything runs eagerly, under DistributedDataParallel.
 """
 
 from typing import NamedTuple
@@ -41,20 +41,21 @@ class PeerBatch(NamedTuple):
 
 
 class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Augmented images of a set whose annotations have been parsed, those that have boxes."""
+    """Augmented images of a set, without the images that have no boxes."""
 
     def __init__(self, images: LabelledImages, augmentation: Augmentation, image_size: int) -> None:
         self._images = images
         self._with_boxes = np.flatnonzero(np.diff(images.offsets))
-        # In the crop, torchvision asks an option's IoU of one box of the image, ours of all, and its range of aspects
-        # is one of pixels, ours of fractions. Its colours change in random order, by the rules of ColorJitter. It is
-        # PIL up to the end because that is faster: at 300 x 300 it gave 64 and 78 images a second in two passes over
-        # 200 photographs of COCO, on one core of an AMD EPYC; with tensors from the start 56 and 58.
+        # Differences to our pipeline: an option's IoU must hold for one box of the image, ours for all. The range of
+        # aspects is one of pixels, ours of fractions. Colours change in random order, by the rules of ColorJitter.
+        # Images stay in PIL's form until the end because that is faster: at 300 x 300 two passes over 200 photographs
+        # of COCO on one core of an AMD EPYC gave 64 and 78 images a second; with tensors from the start, 56 and 58.
         hue = augmentation.hue_degrees / 360
         self._transforms = v2.Compose(
             [
                 v2.RandomIoUCrop(
-                    *(*augmentation.crop_sides, *augmentation.crop_aspect),
+                    *augmentation.crop_sides,
+                    *augmentation.crop_aspect,
                     sampler_options=[*augmentation.crop_min_ious, *([1.0] if augmentation.crop_allow_none else [])],
                     trials=augmentation.crop_attempts,
                 ),
@@ -84,7 +85,7 @@ class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 def make_peer_loader(dataset: PeerDataset, batch_size: int, num_workers: int, *, pin_memory: bool) -> DataLoader:
-    """Batches in random order, one epoch after the other, without the pause that a DataLoader makes in between."""
+    """Return a loader of batches in random order, without the pause of a DataLoader between epochs."""
     return DataLoader(
         dataset,
         batch_size,
@@ -98,7 +99,7 @@ def make_peer_loader(dataset: PeerDataset, batch_size: int, num_workers: int, *,
 
 
 def synthetic_peer_batch(images: Tensor, num_classes: int, seed: int) -> PeerBatch:
-    """Images of ours in the peer's form, with boxes of 0.1 to 0.6 of a side anywhere in them."""
+    """Return our images as a batch of the peer, with random boxes of 0.1 to 0.6 of a side."""
     generator = torch.Generator().manual_seed(seed)
     shape, size = (len(images), _BOXES_PER_IMAGE), images.shape[-1]
     sides = (0.1 + 0.5 * torch.rand(*shape, 2, generator=generator)) * size
@@ -109,9 +110,9 @@ def synthetic_peer_batch(images: Tensor, num_classes: int, seed: int) -> PeerBat
 
 
 class PeerTrainer:
-    """Network, loss and optimizer; needs torch's process group."""
+    """Network, loss and optimizer. Needs torch's process group."""
 
-    # torchvision's own loss, and what it takes from its detector.
+    # torchvision's own loss, and the attributes of its detector that it reads.
     compute_loss = ssd.SSD.compute_loss
     box_coder = detection.BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
     neg_to_pos_ratio = 3.0
@@ -131,7 +132,7 @@ class PeerTrainer:
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def loss(self, batch: PeerBatch) -> Tensor:
-        """Box and class loss together, divided by the positives of the whole batch (ours: image by image)."""
+        """Sum of box and class loss, divided by the positives of the whole batch (ours: image by image)."""
         deltas, logits = self._model(batch.images)
         boxes_and_labels = zip(batch.boxes_ltrb, batch.labels, strict=True)
         targets = [{"boxes": boxes_ltrb, "labels": labels} for boxes_ltrb, labels in boxes_and_labels]
@@ -141,7 +142,7 @@ class PeerTrainer:
         return parts["bbox_regression"] + parts["classification"]
 
     def train_step(self, batch: PeerBatch, learning_rate: float) -> None:
-        """Trains on one batch; does not read the loss, for which torchvision's references wait at each step."""
+        """Train on one batch. The loss is not read; torchvision's references read it, and so wait, at each step."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
@@ -155,7 +156,7 @@ class PeerTrainer:
         self._scaler.update()
 
     def _match(self, boxes_ltrb: Tensor) -> Tensor:
-        """[A] int64, the box of every anchor, or negative; as in torchvision's SSD."""
+        """[A] int64, the box of every anchor, or a negative number; as in torchvision's SSD."""
         if len(boxes_ltrb) == 0:
             return torch.full((len(self._anchors_ltrb),), -1, device=self._device)
         return self._matcher(box_iou(boxes_ltrb, self._anchors_ltrb))

@@ -67,14 +67,14 @@ class Augmentation(BaseModel):
 
 
 class LabelledImages(NamedTuple):
-    """A set of images with their ground truths, validated, as the pipelines read it.
+    """A validated set of images with their ground truths.
 
-    The ground truths are ragged: those of image n are rows offsets[n] to offsets[n + 1].
+    The ground truths of image n are rows offsets[n] to offsets[n + 1].
 
     image_dir: folder that file_names are relative to.
     file_names: N names.
     image_ids: [N] int64, the ids of the annotation file.
-    sizes_hw: [N, 2] int32, pixels, as stored in the file (an EXIF rotation is not applied).
+    sizes_hw: [N, 2] int32, pixels, as stored in the file, without an EXIF rotation.
     boxes_ltrb: [T, 4] float32, pixels, inside the image, left < right and top < bottom.
     labels: [T] int32, 1 to the number of classes.
     offsets: [N + 1] int64.
@@ -90,7 +90,7 @@ class LabelledImages(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """One training step's input.
+    """The input of one training step.
 
     images: [B, 3, S, S], channels_last in memory, normalised; float32 on the CPU, float16 on a GPU.
     deltas: [B, A, 4] float32, regression targets; rows of background anchors are zero.
@@ -103,7 +103,7 @@ class TrainBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Images to detect on; the last batch of a pass may hold fewer than the others.
+    """Images to detect on. The last batch of a pass may be smaller.
 
     images: [B, 3, S, S], channels_last in memory, normalised; float32 on the CPU, float16 on a GPU.
     image_ids: [B] int64, on the CPU.

@@ -11,15 +11,15 @@ from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, 
 
 
 class EvalLoader:
-    """Iterates over this rank's share of the images, as often as wanted, each image once per pass.
+    """This rank's share of the images: each iteration is a pass that gives each image once.
 
-    images: the images of all ranks, in batches of which rank r takes number r, r + world_size, … (maybe none at all):
-        every image is computed beside the same others as on one rank alone. Ground truths are not used.
+    images: of all ranks. They are cut into batches, of which rank r takes the numbers r, r + world_size, … (possibly
+        none), so that each batch holds the same images as on a single rank. Ground truths are not used.
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank; the last batch of a pass may be smaller.
     prefetch_batches: batches prepared ahead, at least 1.
-    apply_orientation: whether images are turned as their EXIF entry says and viewers show them; images.sizes_hw are
-        then those of the turned images. Off for a data set, whose boxes lie in the frame of the stored pixels.
+    apply_orientation: turn images as their EXIF entry says and viewers do; images.sizes_hw must then be those of the
+        turned images. False for a data set, whose boxes are in the frame of the stored pixels.
     Iterating raises ImageError for a file that cannot be decoded.
     """
 
@@ -56,7 +56,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[EvalBatch]:
         if not self._paths:
             return
-        # A pass gives its pipeline back only at its very end, where the reader stands at the first image again.
+        # A pass returns its pipeline only at its end, because only then the reader is back at the first image.
         pipeline, self._idle = self._idle or self._build(), None
         for start in range(0, len(self._paths), self._batch_size):
             paths = self._paths[start : start + self._batch_size]
@@ -70,7 +70,7 @@ class EvalLoader:
         self._idle = pipeline
 
     def close(self) -> None:
-        """Ends the background threads and frees the buffers; the next pass makes new ones."""
+        """End the background threads and free the buffers. The next pass makes new ones."""
         self._idle = None
 
     def _build(self) -> Pipeline:

@@ -1,7 +1,7 @@
-"""What the training and the evaluation pipeline share: placement, the last operators, and the way to torch.
+"""Parts of both pipelines, training and evaluation: placement, the last operators, and outputs as torch tensors.
 
-Only this package imports nvidia.dali. One definition serves both placements: on the CPU everything runs on the host
-and images are float32; on a GPU the decoder is "mixed" (host and GPU), what follows runs there, and images are float16.
+One definition serves both placements. On the CPU everything runs on the host and images are float32. On a GPU the
+decoder is "mixed" (host and GPU), all later operators run on the GPU, and images are float16.
 """
 
 import re
@@ -20,7 +20,7 @@ _STD = [255 * value for value in IMAGENET_STD]
 
 
 class ImageError(ValueError):
-    """An image that could not be read or decoded; the message names its file."""
+    """An image cannot be read or decoded; the message names its file."""
 
 
 def make_pipeline(
@@ -33,10 +33,10 @@ def make_pipeline(
     checkpointing: bool = False,
     checkpoint: bytes | None = None,
 ) -> Pipeline:
-    """An empty pipeline on the device, to be filled inside `with pipeline:`.
+    """Return an empty pipeline on the device, to be filled inside `with pipeline:`.
 
-    The dynamic executor allocates every batch anew and keeps its memory for as long as somebody holds it; with any
-    other a batch would be overwritten a few batches later and `run` would have to copy.
+    The dynamic executor allocates memory for each batch and keeps it as long as the batch is referenced. Any other
+    executor would overwrite a batch a few batches later, and `run` would have to copy.
     """
     return Pipeline(
         batch_size=batch_size,
@@ -51,33 +51,33 @@ def make_pipeline(
 
 
 def decoder_placement(device: torch.device) -> str:
-    """DALI's name of the decoders' device."""
+    """DALI's name for the device of the decoders."""
     return "mixed" if device.type == "cuda" else "cpu"
 
 
 def resized(images: Any, image_size: int) -> Any:
-    """Images of image_size x image_size, uint8 HWC, aspect ratio not kept; shrunk with a triangular filter."""
+    """Graph node of images resized to image_size x image_size, uint8 HWC, with a triangular filter."""
     return fn.resize(images, size=[image_size, image_size], antialias=True)
 
 
 def normalised(images: Any, device: torch.device, *, mirror: Any = 0) -> Any:
-    """Images in ImageNet's normalisation, HWC, mirrored where mirror is 1; float32 on the CPU, float16 on a GPU."""
+    """Graph node of normalised images, HWC, mirrored where mirror is 1; float32 on the CPU, float16 on a GPU."""
     dtype = types.FLOAT16 if device.type == "cuda" else types.FLOAT
     return fn.crop_mirror_normalize(images, mirror=mirror, mean=_MEAN, std=_STD, dtype=dtype, output_layout="HWC")
 
 
 def run(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple[Tensor, ...]:
-    """The outputs of the next batch, each a tensor over DALI's own memory: no copy, no waiting for the GPU.
+    """Outputs of the next batch as tensors over DALI's own memory, without a copy and without waiting for the GPU.
 
-    On a GPU they are ordered on torch's current stream: what is queued there next sees them complete.
+    On a GPU they are ordered on torch's current stream: work queued there later sees them complete.
     paths: the files that may be in the batch.
-    Raises ImageError when one of them cannot be read or decoded; the pipeline is of no use afterwards.
+    Raises ImageError if one of them cannot be read or decoded; the pipeline cannot be used afterwards.
     """
     return tuple(torch.from_dlpack(output.as_tensor()) for output in run_ragged(pipeline, device, paths))
 
 
 def run_ragged(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple[Any, ...]:
-    """As `run`, but the outputs are DALI's lists of tensors, which may differ in shape."""
+    """Outputs of the next batch as DALI's lists of tensors, which may differ in shape. Raises as `run` does."""
     try:
         return pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
     except RuntimeError as error:
@@ -102,7 +102,7 @@ def _explain(message: str, paths: Sequence[str]) -> str:
 
 
 def _first_without_header(paths: Sequence[str]) -> str:
-    """The first file that does not start as an image does: DALI reports such a one without its name."""
+    """The first file without an image header: DALI's error does not name such a file."""
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
     with pipeline:
         encoded, _ = fn.readers.file(files=list(paths))

@@ -1,4 +1,4 @@
-"""The pipelines' batches from fixed tensors: no disk, no decoding, no DALI. For profiling and for tests."""
+"""Batches from fixed tensors, without disk, decoding or DALI, for profiling and for tests."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _POSITIVES_PER_IMAGE = 40  # about what COCO's boxes match among 8,732 anchors
 
 
 class SyntheticTrainLoader:
-    """Gives one batch, made once on the device, again and again; otherwise it behaves as `TrainLoader`.
+    """A `TrainLoader` that repeats one batch, made once on the device.
 
     Images and the deltas of positive anchors are standard normal; about 40 anchors an image are positive (at most a
     quarter of them), with labels 1 to num_classes.
@@ -47,17 +47,17 @@ class SyntheticTrainLoader:
         )
 
     def epoch(self) -> Iterator[TrainBatch]:
-        """The rest of the current epoch, or the whole next one where that is at its end."""
+        """Iterate over the rest of the current epoch; at its end, over the whole next one."""
         for step in range(self._step, self.steps_per_epoch):
             self._step = (step + 1) % self.steps_per_epoch
             yield self._batch
 
     def state(self) -> bytes:
-        """Where the loader stands: after the batch that was given last."""
+        """Return the position after the batch that was given last."""
         return json.dumps({"step": self._step, "steps per epoch": self.steps_per_epoch}).encode()
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there are no threads to end."""
 
     def __enter__(self) -> Self:
         return self
@@ -67,9 +67,9 @@ class SyntheticTrainLoader:
 
 
 class SyntheticEvalLoader:
-    """Iterates over this rank's part of num_images standard normal images, as `EvalLoader` does over real ones.
+    """An `EvalLoader` over this rank's part of num_images standard normal images of image_size pixels.
 
-    Every batch holds the same pixels, under image ids that count from 0 over all ranks; all are of image_size pixels.
+    Every batch holds the same pixels. The image ids count from 0 over all ranks.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SyntheticEvalLoader:
             )
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there are no threads to end."""
 
 
 def _random_images(batch_size: int, image_size: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:

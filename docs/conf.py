@@ -1,8 +1,10 @@
 """Sphinx's settings: Markdown pages by MyST, the theme furo, and the API reference from the docstrings."""
 
+import itertools
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 
+# Docstrings are plain text with entries `name: text`, `name, name: text`, and `Returns …`, `Raises …`, `Source …`.
+NAMES = r"\*{0,2}[a-z_]\w*(?:, \*{0,2}[a-z_]\w*)*"
+ENTRY = re.compile(rf"(?:(?P<names>{NAMES}): (?P<text>.*)|(?:Returns|Raises|Source)\b)")
+NEXT_ENTRY = re.compile(rf"(?<=[.;]) (?={NAMES}: )")
+
 
 def setup(app: Any) -> None:
     """Connect the docstrings' conversion."""
@@ -38,31 +45,31 @@ def setup(app: Any) -> None:
 
 
 def convert_docstring(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
-    """Turn a docstring of plain text into reStructuredText, in place.
+    """Turn a docstring of plain text into reStructuredText, in place: entries become a list, the rest paragraphs.
 
-    A line `name: text` or `name, name: text` becomes a list entry, as does a line that begins with Returns, Raises or
-    Source; the lines after it belong to it. Indented paragraphs stay as they are written.
+    Lines after an entry belong to it. Indented paragraphs stay as they are written.
     """
     converted: list[str] = []
     for paragraph in "\n".join(lines).strip().split("\n\n"):
         rows = paragraph.split("\n")
         if all(row.startswith("  ") for row in rows):
             converted += ["::", "", *(f"    {row}" for row in rows), ""]
-            continue
-        in_list = False
-        for row in rows:
-            entry = re.match(
-                r"(?:(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*): |(?=(?:Returns|Raises|Source)\b))(?P<text>.*)", row
-            )
-            if entry:
-                names = entry["names"]
-                head = f"**{_escape(names)}**: " if names else ""
-                converted += ([] if in_list else [""]) + [f"- {head}{_escape(entry['text'])}"]
-                in_list = True
-            else:
-                converted.append(("  " if in_list else "") + _escape(row.strip()))
-        converted.append("")
+        else:
+            converted += [*_convert_paragraph(rows), ""]
     lines[:] = converted
+
+
+def _convert_paragraph(rows: list[str]) -> Iterator[str]:
+    in_list = False
+    for row in itertools.chain.from_iterable(map(NEXT_ENTRY.split, rows)):
+        entry = ENTRY.match(row)
+        if entry is None:
+            yield ("  " if in_list else "") + _escape(row.strip())
+            continue
+        if not in_list:
+            yield ""
+        in_list = True
+        yield f"- **{_escape(entry['names'])}**: {_escape(entry['text'])}" if entry["names"] else f"- {_escape(row)}"
 
 
 def _escape(text: str) -> str:

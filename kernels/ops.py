@@ -1,6 +1,6 @@
-"""The operators as users call them: compiled for the CPU and for CUDA, known to torch.compile and to autograd.
+"""The compiled operators, for the CPU and for CUDA, with support for torch.compile and autograd.
 
-Arguments, results and rules are those of `kernels.reference`. What differs is said in each docstring.
+Arguments, results and rules are those of `kernels.reference`; each docstring states the differences.
 """
 
 import sysconfig
@@ -27,7 +27,7 @@ _load_library()
 
 
 def cuda_build() -> str:
-    """For which GPUs the operators were compiled, or why for none."""
+    """GPUs that the operators were compiled for, or the reason why there are none."""
     return torch.ops.ssd_fast.cuda_build()
 
 
@@ -40,14 +40,14 @@ def encode_boxes(
     iou_threshold: float = 0.5,
     tie_ranks: Tensor | None = None,
 ) -> Targets:
-    """Targets of every anchor, from the ground truths of a batch of images, as `kernels.reference.encode_boxes`.
+    """Targets of every anchor from the ground truths of a batch, as in `kernels.reference.encode_boxes`.
 
     boxes_ltrb: [T, 4] float32; labels: [T] and offsets: [B + 1] int32 or int64; anchors_cxcywh: [A, 4]; tie_ranks: [A]
     int32 or int64. All on one device. Returns deltas [B, A, 4] float32 and labels [B, A] int32.
 
-    On a GPU one launch serves the batch and the host does not wait, hence does not look at values: ground truths
-    without area or with a label below 1 are left out there, where the CPU raises ValueError.
-    Never holds the matrix of IoUs. Labels and ties are those of the plain version in float32, to the bit.
+    On a GPU one launch serves the batch. The host neither waits nor reads values, so ground truths without area or with
+    a label below 1 are left out there, where the CPU raises ValueError.
+    Never holds the matrix of IoUs. Labels and ties equal those of the plain version in float32 exactly.
     """
     ranks = {} if tie_ranks is None else {"tie_ranks": tie_ranks}
     _require_one_device(boxes_ltrb=boxes_ltrb, labels=labels, offsets=offsets, anchors_cxcywh=anchors_cxcywh, **ranks)
@@ -57,15 +57,15 @@ def encode_boxes(
 
 
 def multibox_loss(deltas: Tensor, logits: Tensor, target_deltas: Tensor, target_labels: Tensor) -> LossParts:
-    """Box and class loss of every image, as `kernels.reference.multibox_loss`; differentiable once.
+    """Box and class loss of every image, as in `kernels.reference.multibox_loss`; differentiable once.
 
     deltas: [B, A, 4] and logits: [B, A, C] float16, bfloat16, float32 (all computed in float32) or float64.
     target_deltas: [B, A, 4] floating point; target_labels: [B, A] int32 or int64.
     Returns box and class_ [B], float32 (float64 for float64).
 
-    Fuses log-softmax, SmoothL1, hard-negative mining and the sums. Reads the logits once, and once more in the backward
-    pass where an anchor counts; never holds [B, A, C] but for the gradient, and never sorts. A label that is not in
-    0 to C - 1 makes its image's loss NaN. Deterministic; ties as in the plain version.
+    Fuses log-softmax, SmoothL1, hard-negative mining and the sums. Reads the logits once, and those of the anchors in
+    the loss once more in the backward pass. Holds nothing of size [B, A, C] except the gradient, and never sorts. A
+    label outside 0 to C - 1 makes its image's loss NaN. Deterministic; ties as in the plain version.
     """
     _require_one_device(deltas=deltas, logits=logits, target_deltas=target_deltas, target_labels=target_labels)
     deltas, logits = _of_one_dtype(deltas, logits)
@@ -83,15 +83,15 @@ def decode_nms(
     max_per_class: int = 200,
     max_detections: int = 200,
 ) -> Detections:
-    """Detections in a batch of images, as `kernels.reference.decode_nms`; not differentiable.
+    """Detections in a batch of images, as in `kernels.reference.decode_nms`; not differentiable.
 
     deltas: [B, A, 4] and logits: [B, A, C] float16, bfloat16 or float32; all are computed in float32.
     anchors_cxcywh: [A, 4] floating point.
 
     Fuses softmax, threshold, decoding, suppression and the choice of the best. Most anchors cost one comparison for
-    each logit: an exponential is taken only where a class other than the background comes within
-    log(1 / score_threshold) of it. On a GPU the host does not wait, and sizes do not depend on values: fit for a CUDA
-    graph. Deterministic; ties and values that are not finite as in the plain version.
+    each logit: exponentials are computed only if the logit of a class comes within log(1 / score_threshold) of the
+    background's. On a GPU the host does not wait and sizes do not depend on values, so a CUDA graph can capture the
+    call. Deterministic; ties and values that are not finite as in the plain version.
     """
     _require_one_device(deltas=deltas, logits=logits, anchors_cxcywh=anchors_cxcywh)
     deltas, logits = _of_one_dtype(deltas, logits)
@@ -103,7 +103,7 @@ def decode_nms(
 
 
 def _require_one_device(**tensors: Tensor) -> None:
-    """Raises ValueError for tensors of several devices, RuntimeError where the operators were not built for theirs."""
+    """Raise ValueError for tensors on several devices, RuntimeError if the operators lack a build for their device."""
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         if tensor.device != device:

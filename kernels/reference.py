@@ -1,9 +1,9 @@
-"""The operators of the detector in plain torch: their specification, and the oracle of every faster version.
+"""The detector's operators in plain torch: the specification, and the oracle of every faster version.
 
-Everything here works on any device and computes in the precision it is given (16-bit input in float32), so that float64
-input gives a result to measure others by. Boxes are fractions of the image's width and height.
+The functions work on any device and compute in the precision of their arguments (16-bit input in float32), so that
+float64 input gives a result to compare others with. Boxes are fractions of the image's width and height.
 
-The rules are those of the MLPerf SSD reference. Where it is silent or goes wrong, the docstring states the rule.
+The rules are those of the MLPerf SSD reference. Where it is silent or wrong, the docstring states the rule.
 """
 
 from itertools import pairwise
@@ -27,24 +27,24 @@ def encode_boxes(
     iou_threshold: float = 0.5,
     tie_ranks: Tensor | None = None,
 ) -> Targets:
-    """Targets of every anchor, from the ground truths of a batch of images.
+    """Targets of every anchor from the ground truths of a batch of images.
 
     boxes_ltrb: [T, 4] float32 or float64, the ground truths of all images one after the other.
     labels: [T] int32 or int64, at least 1.
     offsets: [B + 1] int64; the ground truths of image b are rows offsets[b] to offsets[b + 1].
     anchors_cxcywh: [A, 4], converted to the precision of the boxes.
-    tie_ranks: [A] int64, a permutation: the place of every anchor in the order that decides between anchors of equal
-    IoU; left out, its index. A small box lies in many anchors of the same area: another order gives other targets in
-    a tenth of COCO's images (170 of 1,500 of val2017, at SSD300).
+    tie_ranks: [A] int64, a permutation: the rank of every anchor; among anchors of equal IoU the lowest rank wins.
+        None: the rank is the index. A small box lies within many anchors of the same area, so another order gives
+        other targets in a tenth of COCO's images (170 of 1,500 of val2017, at SSD300).
 
     An anchor belongs to the ground truth that it overlaps best, if their IoU is above iou_threshold (not equal to it).
-    Besides, every ground truth takes the anchor that overlaps it best, whatever that anchor belonged to. Among equal
-    IoUs the first ground truth and the anchor of lowest tie rank win; if several ground truths have the same best
-    anchor, the last of them takes it (and the others may end without any). All other anchors are background, and so
-    are all anchors of an image without boxes. Deterministic.
+    In addition, every ground truth takes the anchor that overlaps it best, whichever ground truth that anchor belonged
+    to. Among equal IoUs the first ground truth and the anchor of lowest tie rank win. If several ground truths share a
+    best anchor, the last of them takes it, and the others may end without an anchor. All other anchors are background,
+    and so are all anchors of an image without boxes. Deterministic.
 
     Raises ValueError for a wrong shape, dtype or device, boxes without area, labels below 1, offsets that do not
-    partition the boxes, a threshold that is not in 0 to 1.
+    partition the boxes, or a threshold outside 0 to 1.
     Source: Liu et al. 2016, section 2.2; ties as in the MLPerf reference.
     """
     _check_ground_truths(boxes_ltrb, labels, offsets)
@@ -82,12 +82,13 @@ def multibox_loss(deltas: Tensor, logits: Tensor, target_deltas: Tensor, target_
 
     box: SmoothL1 (beta 1), summed over the four deltas of all positive anchors.
     class_: cross-entropy, summed over all positives and over the hardest background anchors: three for each positive,
-    or all there are. Hardest are those of largest cross-entropy; among equals the lower anchor index comes first.
+        or all if there are fewer. The hardest have the largest cross-entropy; among equals the lower anchor index
+        comes first.
     Both are divided by the image's number of positives; an image without positives has loss 0. Background anchors that
-    are not chosen have gradient 0. No host synchronisation, hence no search for labels that are out of range.
+    are not chosen have gradient 0. The host does not wait for the device, so labels out of range are not looked for.
 
     Raises ValueError for a wrong shape, dtype or device.
-    Source: Liu et al. 2016, eq. 1 and section 2.2. Unlike in the MLPerf reference a positive never counts twice.
+    Source: Liu et al. 2016, eq. 1 and section 2.2. Unlike in the MLPerf reference, a positive never counts twice.
     """
     _check(deltas, "deltas", (None, None, 4))
     batch_size, num_anchors, _ = deltas.shape
@@ -134,14 +135,15 @@ def decode_nms(
     deltas: [B, A, 4] and logits: [B, A, C] floating point (16-bit is computed in float32), C >= 2, 0 = background.
     anchors_cxcywh: [A, 4], converted to the precision of the computation.
 
-    Boxes of a class with probability above score_threshold (not equal to it) are its candidates. The best max_per_class
-    of them enter suppression: from best to worst, each that is still there drops all after it that overlap it by
-    iou_threshold or more. The best max_detections of all classes together remain. Boxes are not clipped.
+    The candidates of a class are the boxes with a probability above score_threshold (not equal to it). The best
+    max_per_class of them enter suppression: from best to worst, each box that is still there drops all later ones that
+    overlap it by iou_threshold or more. Of all classes together, the best max_detections remain. Boxes are not clipped.
     Among equal scores the lower anchor index comes first, then the lower class. An anchor with a logit, a delta or a
     box coordinate that is not finite gives no detection. Deterministic.
 
-    Raises ValueError for a wrong shape, dtype or device, a threshold that is not in 0 to 1, or a limit below 1.
-    Source: rules and defaults of the MLPerf reference; where that fails on an image without candidates, its count is 0.
+    Raises ValueError for a wrong shape, dtype or device, a threshold outside 0 to 1, or a limit below 1.
+    Source: rules and defaults of the MLPerf reference. That one fails on an image without candidates; here its count
+    is 0.
     """
     _check(deltas, "deltas", (None, None, 4))
     batch_size, num_anchors, _ = deltas.shape
@@ -216,7 +218,7 @@ def _choose(
 
 
 def _ranks_within(classes: Tensor) -> Tensor:
-    """[N] int64, how many entries of the same class come before each entry of classes [N]."""
+    """[N] int64, the number of entries of the same class before each entry of classes [N]."""
     by_class = classes.sort(stable=True).indices
     counts = classes.bincount()
     first_places = counts.cumsum(0) - counts  # of each class, in the order by_class
@@ -225,10 +227,10 @@ def _ranks_within(classes: Tensor) -> Tensor:
 
 
 def _suppress(boxes_ltrb: Tensor, classes: Tensor, ranks: Tensor, iou_threshold: float) -> Tensor:
-    """[N] bool, which of boxes_ltrb [N, 4] survive suppression within their class, in the order of ranks [N].
+    """[N] bool, true for boxes_ltrb [N, 4] that survive suppression within their class, in the order of ranks [N].
 
-    All classes advance together, rank by rank: the boxes lie in a table [classes, ranks], padded with empty boxes
-    behind the last rank of a class.
+    All classes advance together, rank by rank: the boxes lie in a table [classes, ranks], padded with empty boxes after
+    the last rank of a class.
     """
     if boxes_ltrb.shape[0] == 0:
         return torch.zeros_like(classes, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What the operators return."""
+"""Results of the operators."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Targets(NamedTuple):
-    """What every anchor should predict.
+    """Training targets of every anchor.
 
     deltas: [B, A, 4] in the precision of the boxes, see `encode_deltas`; rows of background anchors are zero.
     labels: [B, A] int32, 0 = background.
@@ -17,7 +17,7 @@ class Targets(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """Multibox loss of every image, already divided by the image's number of positive anchors.
+    """Multibox loss of every image, divided by the image's number of positive anchors.
 
     box: [B] SmoothL1 part.
     class_: [B] cross-entropy part.
@@ -28,7 +28,7 @@ class LossParts(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What was found in every image, best score first; rows from counts[b] on are zero.
+    """Detections of every image, best score first; rows from counts[b] on are zero.
 
     boxes_ltrb: [B, D, 4] fractions of the image, not clipped to it.
     scores: [B, D] probabilities.

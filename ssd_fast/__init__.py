@@ -46,11 +46,11 @@ def load_detector(
 ) -> ImageDetector:
     """Return the detector of a checkpoint, to be called with a path, a PIL image, an array, or a list of these.
 
-    A uint8 array [H, W, 3] holds RGB. Per image, a call returns boxes in pixels, scores and class names, best first.
+    An array holds RGB as uint8 [H, W, 3]. A call returns boxes in pixels, scores and class names of each image.
 
     path: checkpoint, such as best.pt of a run, or weights of the MLPerf reference.
-    config: recipe or configuration in place of the checkpoint's own. annotations: COCO JSON with the class names.
-        Weights of the MLPerf reference need both.
+    config: recipe or configuration in place of the checkpoint's own.
+    annotations: COCO JSON with the class names. Weights of the MLPerf reference need this and a config.
     device: None for the GPU, or the CPU where there is none.
     Raises ValueError that names the file for one that is not a checkpoint or does not fit the configuration.
     """
@@ -72,7 +72,9 @@ def load_detector(
 def train(recipe: str | Path | Config, data: str | Path, output: str | Path, *, resume: bool = False) -> Outcome:
     """Train a detector; checkpoints, records and images go to a folder. Return how the run ended.
 
-    recipe: TOML file, or a configuration. data: folder in COCO's layout. output: folder of the run, made if missing.
+    recipe: TOML file, or a configuration.
+    data: folder in COCO's layout.
+    output: folder of the run, made if missing.
     resume: continue the run in the folder, if there is one.
     Raises ValueError for a recipe, data or a checkpoint that cannot be used, FloatingPointError when the loss stays
     not finite, and OSError.
@@ -96,7 +98,8 @@ def evaluate(
     """Return COCO's scores of a checkpoint on the validation images of a data set; None on other ranks than 0.
 
     data: folder in COCO's layout.
-    config: recipe or configuration in place of the checkpoint's own. overrides: changes of the checkpoint's own.
+    config: recipe or configuration in place of the checkpoint's own.
+    overrides: changes of the checkpoint's own configuration, "section.key=value" each.
     only_annotated: leave out images without annotations, as the MLPerf reference does.
     Raises ValueError for a checkpoint, data or a configuration that cannot be used.
     """

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ssd_fast import exit_status
+from ssd_fast.loadgen.settings import Scenario
 from ssd_fast.recipe import load_config
 
 # Verbs import what they need when they run: help and a mistyped recipe do not wait for torch.
@@ -26,10 +27,14 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
 ]
 OwnConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Recipe (TOML); left out, the checkpoint's own.", show_default=False)
+    Path | None, typer.Option("--config", help="Recipe (TOML) in place of the checkpoint's own.", show_default=False)
 ]
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="Checkpoint, or weights of the MLPerf reference.", show_default=False)
+]
+AnnotationsOption = Annotated[
+    Path | None,
+    typer.Option(help="COCO JSON with class names, which weights of the MLPerf reference need.", show_default=False),
 ]
 
 
@@ -70,24 +75,24 @@ def evaluate(
         Path | None, typer.Option(help="JSON file for the detections, in COCO's result format.", show_default=False)
     ] = None,
     per_class: Annotated[
-        bool, typer.Option("--per-class", help="Print the average precision of each class, too.")
+        bool, typer.Option("--per-class", help="Also print the average precision of each class.")
     ] = False,
     only_annotated: Annotated[
-        bool, typer.Option("--only-annotated", help="Leave images without annotations out, as the MLPerf reference.")
+        bool, typer.Option("--only-annotated", help="Skip images without annotations, like the MLPerf reference.")
     ] = False,
-    with_timing: Annotated[bool, typer.Option("--timing", help="Print where the time went, too.")] = False,
+    with_timing: Annotated[bool, typer.Option("--timing", help="Also print where the time went.")] = False,
     target: Annotated[
         float | None,
         typer.Option(
             min=-1,
             max=1,
-            help=f"COCO mAP to reach, else the exit status is {exit_status.NOT_REACHED}.",
+            help=f"COCO mAP to reach; a lower one gives exit status {exit_status.NOT_REACHED}.",
             show_default=False,
         ),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Score a detector on the validation images: COCO's twelve numbers."""
+    """Print COCO's twelve numbers of a detector on the validation images."""
     start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
 
@@ -114,20 +119,19 @@ def evaluate(
 
 @app.command()
 def detect(
-    images: Annotated[list[Path], typer.Argument(help="Images, folders of them, or patterns.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, folders of images, or patterns.", show_default=False)
+    ],
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="Folder for annotated copies and detections.json.", show_default=False)],
     config: OwnConfigOption = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(help="COCO JSON with the class names, for weights of the MLPerf reference.", show_default=False),
-    ] = None,
+    annotations: AnnotationsOption = None,
     drawn_score: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw detections of at least this probability.")
+        float, typer.Option(min=0, max=1, help="Lowest probability of a detection that is drawn.")
     ] = 0.3,
     overrides: SetOption = None,
 ) -> None:
-    """Detect objects on images: annotated copies and one JSON file."""
+    """Detect objects on images; write annotated copies and one JSON file."""
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress, timing
@@ -152,16 +156,16 @@ def export(
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="ONNX file to write.", show_default=False)],
     config: OwnConfigOption = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(help="COCO JSON with the class names, for weights of the MLPerf reference.", show_default=False),
-    ] = None,
+    annotations: AnnotationsOption = None,
     with_decode: Annotated[
-        bool, typer.Option("--with-decode", help="With decoding and non-maximum suppression: detections come out.")
+        bool,
+        typer.Option(
+            "--with-decode", help="Include decoding and non-maximum suppression, so that the outputs are detections."
+        ),
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Write a detector as ONNX; where onnxruntime is installed, compare it with PyTorch before."""
+    """Write a detector as ONNX; before that, compare it with PyTorch if onnxruntime is installed."""
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast.evaluation.export import export_onnx
@@ -312,41 +316,33 @@ def scaling(
     print(model.format_scaling(timeline, assumed, runs, bytes_per_element=2 if fp16_compression else 4))
 
 
-class Scenario(enum.StrEnum):
-    """MLPerf's scenarios, by LoadGen's names."""
-
-    OFFLINE = "Offline"
-    SINGLE_STREAM = "SingleStream"
-    SERVER = "Server"
-    MULTI_STREAM = "MultiStream"
-
-
 @app.command()
 def benchmark(
-    scenario: Annotated[Scenario, typer.Option(help="What LoadGen measures.", show_default=False)],
+    scenario: Annotated[Scenario, typer.Option(help="Scenario of MLPerf Inference.", show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder for LoadGen's logs.", show_default=False)],
     config: OwnConfigOption = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint, or weights of the MLPerf reference; left out, random weights.", show_default=False
+            help="Checkpoint, or weights of the MLPerf reference. Default: random weights.", show_default=False
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Data folder in COCO's layout; left out, random images.", show_default=False),
+        typer.Option(help="Data folder in COCO's layout. Default: random images.", show_default=False),
     ] = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Detect every image, and score what LoadGen logs.")
+        bool, typer.Option("--accuracy", help="Detect on every image once and score the detections in LoadGen's log.")
     ] = False,
     find_load: Annotated[
-        bool, typer.Option("--find-load", help="Search for the highest load of Server, from benchmark.server_qps up.")
+        bool,
+        typer.Option("--find-load", help="Search for the highest load of Server, starting at benchmark.server_qps."),
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Measure a detector with MLPerf LoadGen; the exit status is 1 if the result is not valid."""
+    """Measure a detector with MLPerf LoadGen; an invalid result gives exit status 1."""
     if accuracy and (data is None or checkpoint is None):
-        raise ValueError("--accuracy: expected --data and --checkpoint, too")
+        raise ValueError("--accuracy: expected --data and --checkpoint with it")
     if find_load and (accuracy or scenario is not Scenario.SERVER):
         raise ValueError("--find-load: expected --scenario Server without --accuracy")
     given = load_config(config, overrides or ()) if config else None
@@ -361,7 +357,7 @@ def benchmark(
         checkpoint,
         data,
         output,
-        scenario=scenario.value,
+        scenario=scenario,
         mode="accuracy" if accuracy else "find-load" if find_load else "performance",
         config=given,
         overrides=overrides or (),

@@ -1,5 +1,5 @@
-// Checks of the operators' arguments, the same for every device; a ValueError in Python. They look at shapes, types and
-// devices only, never at values, so that no device has to be waited for.
+// Checks of the operators' arguments, the same for every device. A failed check is a ValueError in Python. The checks
+// read shapes, types and devices but never values, so the host never waits for a device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -54,7 +54,7 @@ inline void check_fraction(double value, const char* name) {
   TORCH_CHECK_VALUE(value >= 0 && value <= 1, name, " = ", value, ": expected 0 to 1");
 }
 
-// What the network puts out: deltas [B, A, 4] and logits [B, A, C] of one floating-point type.
+// The network's output: deltas [B, A, 4] and logits [B, A, C] of one floating-point type.
 inline void check_predictions(const at::Tensor& deltas, const at::Tensor& logits) {
   check_shape(deltas, "deltas", {kAny, kAny, 4});
   check_shape(logits, "logits", {deltas.size(0), deltas.size(1), kAny});

@@ -1,5 +1,5 @@
-// Constants of the detector's rules, for the CPU and CUDA sources. kernels/constants.py owns the values; setup.py passes
-// them to the compiler.
+// Constants of the detector's rules, for the CPU and CUDA sources. kernels/constants.py owns the values; setup.py
+// passes them to the compiler.
 #pragma once
 
 #if !defined(SSD_FAST_CENTRE_VARIANCE) || !defined(SSD_FAST_SIZE_VARIANCE) || !defined(SSD_FAST_NEGATIVES_PER_POSITIVE)

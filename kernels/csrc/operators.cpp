@@ -1,11 +1,11 @@
-// Schemas of the operators. Each implementation registers itself (cpu/*.cpp, cuda/*.cu); fake implementations and
-// autograd are in ops.py, where the meaning of the arguments is documented.
+// Schemas of the operators. Each implementation registers itself (cpu/*.cpp, cuda/*.cu). Fake implementations and
+// autograd are in ops.py, which also documents the arguments.
 #include <torch/library.h>
 
 #include <string>
 
 #ifndef SSD_FAST_CUDA_BUILD
-#error "SSD_FAST_CUDA_BUILD says for which GPUs this was built, or why for none"
+#error "build with setup.py, which defines SSD_FAST_CUDA_BUILD: the GPUs of this build, or why there are none"
 #endif
 
 namespace {

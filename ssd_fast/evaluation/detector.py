@@ -173,8 +173,8 @@ def load_detector(
         categories, weights = checkpoint.categories, checkpoint.model
     elif config is None or categories is None:
         raise CheckpointError(
-            f"{path}: holds weights only: expected --config, for a recipe, and a COCO annotation file, for class names "
-            "(evaluate: that of --data; detect: --annotations)"
+            f"{path}: holds weights only: expected a recipe (--config) and a COCO annotation file with class names "
+            "(--annotations; evaluate and benchmark read that of --data)"
         )
     else:
         weights = content

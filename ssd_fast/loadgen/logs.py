@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_fast.config import BenchmarkConfig
+from ssd_fast.data.annotations import read_instances
 from ssd_fast.data.boxes import ltrb_to_xywh
 from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.policy import DataError
@@ -55,8 +56,8 @@ class Measured(NamedTuple):
 
 def label_numbers(detector: Detector, coco_set: CocoSet) -> Tensor:
     """Return [K + 1] int64: for label k, its category's position (from 1) in the annotation file, as MLPerf logs it."""
-    content = json.loads(coco_set.annotation_file.read_bytes())
-    positions = {category["id"]: position for position, category in enumerate(content["categories"], 1)}
+    categories = read_instances(coco_set.annotation_file).categories
+    positions = {category.id: position for position, category in enumerate(categories, 1)}
     return torch.tensor([0, *(positions[id_] for id_ in detector.category_ids_in(coco_set).tolist())])
 
 
@@ -67,7 +68,7 @@ def read_accuracy_log(path: Path, coco_set: CocoSet) -> DetectionTable:
     Raises DataError for a log of another set and for an incomplete log.
     """
     images = coco_set.images
-    category_ids = [category["id"] for category in json.loads(coco_set.annotation_file.read_bytes())["categories"]]
+    category_ids = [category.id for category in read_instances(coco_set.annotation_file).categories]
     rows_of: dict[int, np.ndarray] = {}
     for entry in json.loads(path.read_bytes()):
         index = entry["qsl_idx"]
@@ -111,7 +112,7 @@ def format_measured(measured: Measured) -> str:
         pairs.append(("highest load", _describe_load(figures, settings)))
     mean_size = measured.num_queries / max(measured.num_batches, 1)
     pairs.append(("images", f"{measured.num_queries} in {measured.num_batches} batches, on average of {mean_size:.1f}"))
-    if measured.mode == "performance" and scenario != "Offline":
+    if measured.mode == "performance" and scenario != Scenario.OFFLINE:
         pairs += _latencies(figures, scenario)
     return format_pairs(pairs)
 
@@ -119,18 +120,18 @@ def format_measured(measured: Measured) -> str:
 def _metric(figures: dict[str, Any], scenario: Scenario, settings: BenchmarkConfig) -> Pairs:
     """Return the figures by which a scenario is judged."""
     match scenario:
-        case "Offline":
+        case Scenario.OFFLINE:
             return [("throughput", f"{figures['result_samples_per_second']:.4g} images/s")]
-        case "SingleStream":
+        case Scenario.SINGLE_STREAM:
             percentile = settings.single_stream_percentile
             latency = figures[f"result_{percentile}.00_percentile_latency_ns"]
             return [(f"p{percentile} of the latency", f"{latency / 1e6:.2f} ms")]
-        case "MultiStream":
+        case Scenario.MULTI_STREAM:
             percentile = settings.multi_stream_percentile
             latency = figures[f"result_{percentile}.00_percentile_per_query_latency_ns"]
             name = f"p{percentile} of the latency"
             return [(name, f"{latency / 1e6:.2f} ms for {settings.multi_stream_samples} images")]
-        case "Server":
+        case Scenario.SERVER:
             percentile = settings.server_percentile
             latency = figures[f"result_{percentile}.00_percentile_latency_ns"]
             late, total = figures["result_overlatency_query_count"], figures["result_query_count"]
@@ -150,8 +151,8 @@ def _metric(figures: dict[str, Any], scenario: Scenario, settings: BenchmarkConf
 
 
 def _latencies(figures: dict[str, Any], scenario: Scenario) -> Pairs:
-    kind = "per_query_latency_ns" if scenario == "MultiStream" else "latency_ns"
-    query = "query_" if scenario == "MultiStream" else ""
+    kind = "per_query_latency_ns" if scenario == Scenario.MULTI_STREAM else "latency_ns"
+    query = "query_" if scenario == Scenario.MULTI_STREAM else ""
     keys = {"min": f"result_min_{query}latency_ns", "mean": f"result_mean_{query}latency_ns"}
     keys |= {f"p{percentile}": f"result_{percentile}.00_percentile_{kind}" for percentile in (50, 90, 95, 97, 99)}
     keys["max"] = f"result_max_{query}latency_ns"

@@ -1,4 +1,4 @@
-"""Anchors (default boxes), in the order in which the NHWC output of the heads lies in memory."""
+"""Anchors (default boxes), in the order of the heads' NHWC output in memory."""
 
 import math
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ def make_anchors(
     image_size: width and height of the network's input, pixels.
     grid_sizes: per level, rows (and columns) of the grid of predictions.
     steps: per level, distance between anchor centres, pixels.
-    scales: anchor sizes, pixels; one per level and one more.
+    scales: anchor sizes, pixels; one more than there are levels.
     aspect_ratios: per level, ratios other than 1.
     Returns [A, 4] float32 cxcywh, fractions of the image, each of the four clamped to [0, 1].
 
-    The shapes of a level with scale s, before one with scale s': a square of side s, one of side sqrt(s s'), and for
-    every ratio a the rectangle s sqrt(a) by s / sqrt(a) and its transpose. Computed in float64, rounded once.
-    Raises ValueError if the sequences do not have one entry per level (scales: one more).
+    Shapes of a level with scale s, if the next scale is s': a square of side s, one of side sqrt(s s'), and for every
+    ratio a the rectangle s sqrt(a) by s / sqrt(a) and its transpose. Computed in float64, rounded once.
+    Raises ValueError if a sequence does not have one entry per level (scales: one more).
     Source: Liu et al. 2016, section 2.2, with the steps of the authors' Caffe release.
     """
     levels = len(grid_sizes)
@@ -52,7 +52,7 @@ def make_anchors(
 
 
 def model_anchors(config: ModelConfig) -> Tensor:
-    """`make_anchors` for the grids of a network: row n of its predictions belongs to row n of these."""
+    """Anchors of a network: row n belongs to row n of its predictions."""
     return make_anchors(
         image_size=config.image_size,
         grid_sizes=config.grid_sizes(),
@@ -63,10 +63,10 @@ def model_anchors(config: ModelConfig) -> Tensor:
 
 
 def reference_order(*, grid_sizes: Sequence[int], anchors_per_cell: Sequence[int]) -> Tensor:
-    """Where our anchors are in the order of the MLPerf reference: level, shape, row, column.
+    """Places of our anchors in the order of the MLPerf reference: level, shape, row, column.
 
-    Returns [A] int64, a permutation p: rows theirs[p] are in our order, rows ours[p.argsort()] are in theirs. Given as
-    tie_ranks to `kernels.encode_boxes`, it lets ties fall as they do in the reference.
+    Returns [A] int64, a permutation p: theirs[p] is in our order, and ours[p.argsort()] is in theirs. As tie_ranks of
+    `kernels.encode_boxes`, it makes ties fall as in the reference.
     """
     order, first = [], 0
     for grid_size, num_shapes in zip(grid_sizes, anchors_per_cell, strict=True):

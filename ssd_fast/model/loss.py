@@ -17,9 +17,9 @@ class Loss(NamedTuple):
 
 
 def multibox_loss_mean(predictions: Predictions, target_deltas: Tensor, target_labels: Tensor) -> Loss:
-    """Multibox loss of a batch; an image without positive anchors counts in the mean, with 0.
+    """Multibox loss of a batch. An image without positive anchors counts in the mean, with loss 0.
 
-    target_deltas: [B, A, 4] and target_labels: [B, A], as `kernels.encode_boxes` gives them.
+    target_deltas: [B, A, 4] and target_labels: [B, A], as `kernels.encode_boxes` returns them.
     """
     parts = multibox_loss(predictions.deltas, predictions.logits, target_deltas, target_labels)
     box, class_ = parts.box.mean(), parts.class_.mean()

@@ -13,10 +13,10 @@ from ssd_fast.config import ModelConfig
 
 
 class Predictions(NamedTuple):
-    """What the network says of every anchor, in the order of `ssd_fast.model.anchors`.
+    """Predictions for every anchor, in the order of `ssd_fast.model.anchors`.
 
-    deltas: [B, A, 4] see `kernels.boxes.encode_deltas`; under autocast in its dtype.
-    logits: [B, A, C] same dtype; class 0 is background.
+    deltas: [B, A, 4], as `kernels.boxes.encode_deltas` returns them; under autocast in its dtype.
+    logits: [B, A, C], same dtype; class 0 is background.
     """
 
     deltas: Tensor
@@ -24,12 +24,12 @@ class Predictions(NamedTuple):
 
 
 class SSD(nn.Module):
-    """Single-shot detector whose feature maps, grids and number of predictions follow from its configuration.
+    """Single-shot detector whose feature maps, grids and number of predictions follow from its config.
 
-    config: kept as an attribute.
-    num_classes: without background, so that C = num_classes + 1; kept as an attribute.
-    All weights are freshly initialised: the backbone as torchvision does it, extra blocks and heads Xavier-uniform with
-    zero bias.
+    num_classes: without background, so that C = num_classes + 1.
+    Both arguments are kept as attributes.
+    All weights are freshly initialised: those of the backbone as in torchvision, those of extra blocks and heads
+    Xavier-uniform with zero bias.
     Source: Liu et al. 2016 with the ResNet backbone of the MLPerf reference; no normalisation outside the backbone.
     """
 
@@ -59,9 +59,9 @@ class SSD(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Predictions:
-        """Predictions for images [B, 3, S, S], normalised; S is the configuration's image_size.
+        """Predictions for normalised images [B, 3, S, S], where S is the config's image_size.
 
-        With images and weights in channels_last nothing is transposed or copied but for joining the levels.
+        With images and weights in channels_last, the only copy is the one that joins the levels.
         Raises ValueError for images of another shape.
         """
         size = self.config.image_size
@@ -73,17 +73,17 @@ class SSD(nn.Module):
         deltas = [_rows(head(x), 4) for head, x in zip(self.box_heads, feature_maps, strict=True)]
         logits = [_rows(head(x), self.num_classes + 1) for head, x in zip(self.class_heads, feature_maps, strict=True)]
         predictions = Predictions(deltas=torch.cat(deltas, dim=1), logits=torch.cat(logits, dim=1))
-        assert predictions.deltas.shape[1] == self.num_anchors, "the configuration's grid sizes are not the network's"
+        assert predictions.deltas.shape[1] == self.num_anchors, "the config's grid sizes differ from the network's"
         return predictions
 
 
 def on_device(model: SSD, device: torch.device) -> SSD:
-    """The model itself, moved to a device with its weights in channels_last."""
+    """Move the model to a device, with its weights in channels_last, and return it."""
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
 
 
 def _make_backbone(name: str) -> tuple[nn.Sequential, int]:
-    """A torchvision ResNet up to layer3, there with stride 1; and the number of channels that it gives."""
+    """Return a torchvision ResNet up to layer3, which gets stride 1, and its number of output channels."""
     resnet = get_model(name, weights=None)
     assert isinstance(resnet, ResNet)
     first = resnet.layer3[0]
@@ -106,7 +106,7 @@ def _make_extra(channels: int, narrow: int, wide: int, stride: int, padding: int
 
 
 def _make_heads(channels: Sequence[int], per_cell: Sequence[int], width: int, stride: int) -> nn.ModuleList:
-    """One convolution per level, whose output channels are `width` values for each of the cell's anchors in turn."""
+    """Return one convolution per level; its output channels are `width` values for each anchor of a cell in turn."""
     return nn.ModuleList(
         nn.Conv2d(inputs, count * width, 3, stride=stride, padding=1)
         for inputs, count in zip(channels, per_cell, strict=True)
@@ -114,5 +114,5 @@ def _make_heads(channels: Sequence[int], per_cell: Sequence[int], width: int, st
 
 
 def _rows(output: Tensor, width: int) -> Tensor:
-    """A head's output [B, per_cell x width, H, W] as [B, H x W x per_cell, width]; a view if channels_last."""
+    """Reshape a head's output [B, per_cell x width, H, W] to [B, H x W x per_cell, width]; a view if channels_last."""
     return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, width)

@@ -16,13 +16,14 @@ from ssd_fast.data.policy import DataError
 from ssd_fast.evaluation.detector import make_random_detector
 from ssd_fast.loadgen import run as loadgen
 from ssd_fast.loadgen.logs import read_figures
+from ssd_fast.loadgen.settings import Scenario
 
 pytest.importorskip("mlperf_loadgen")
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("scenario", ["Offline", "SingleStream", "Server", "MultiStream"])
-def test_every_scenario_is_valid_by_its_own_figures(run: Run, tmp_path: Path, scenario: str) -> None:
+@pytest.mark.parametrize("scenario", Scenario)
+def test_every_scenario_is_valid_by_its_own_figures(run: Run, tmp_path: Path, scenario: Scenario) -> None:
     status, out, _ = run("--config", DEMO, "--scenario", scenario, "--output", tmp_path, *sets())
     assert status == 0, out
     summary = (tmp_path / "mlperf_log_summary.txt").read_text()
@@ -135,7 +136,7 @@ def test_images_left_out_would_shift_the_log(synthetic_set: Path, tmp_path: Path
         loadgen.run(
             detector,
             config,
-            scenario="Offline",
+            scenario=Scenario.OFFLINE,
             mode="accuracy",
             coco_set=coco_set,
             output=tmp_path,

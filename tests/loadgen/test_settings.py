@@ -3,7 +3,7 @@
 import pytest
 from repository import REPOSITORY
 
-from ssd_fast.loadgen.settings import make_settings
+from ssd_fast.loadgen.settings import Scenario, make_settings
 from ssd_fast.recipe import load_config
 
 mlperf_loadgen = pytest.importorskip("mlperf_loadgen")
@@ -13,7 +13,7 @@ def test_settings_are_those_of_the_last_round_with_this_detector() -> None:
     settings = load_config(REPOSITORY / "configs" / "ssd1200.toml").benchmark
     made = {
         scenario: make_settings(mlperf_loadgen, settings, scenario, "performance", batch_seconds=0.1)
-        for scenario in ("Offline", "SingleStream", "Server", "MultiStream")
+        for scenario in Scenario
     }
     assert {scenario: one.min_query_count for scenario, one in made.items()} == {
         "Offline": 24576,

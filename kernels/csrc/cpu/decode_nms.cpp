@@ -1,16 +1,16 @@
 // Detections on the CPU: softmax, score threshold, box decoding, greedy non-maximum suppression per class, best of all.
 //
-// 1. In parallel over anchors. A class is a candidate if its probability exp(x_c) / sum_k exp(x_k) is above t. As the sum
-//    is at least exp(x_0), it must have x_c > x_0 + log t: one comparison for each logit, and no exponential, settles
-//    nearly every anchor of a trained network (0 is the background). Only the others get their maximum, their softmax and their box.
-// 2. In parallel over images: candidates by class (counting sort), the best max_per_class of each by nth_element,
-//    suppression within the class, at last the best max_detections of all. Suppression compares a kept box with all
-//    that follow it, 16 at a time; at most max_per_class^2 / 2 pairs for each class.
-// Memory: the logits are read once and nothing of their size is written; 12 bytes for each candidate.
+// 1. Threads share the anchors. A class is a candidate if its probability exp(x_c) / sum_k exp(x_k) is above t. The sum
+//    is at least exp(x_0), where 0 is the background, so a candidate must have x_c > x_0 + log t. In a trained network
+//    this comparison, without an exponential, rules out nearly every anchor. Softmax and box are computed for the rest.
+// 2. Threads share the images: a counting sort of the candidates by class, the best max_per_class of each class by
+//    nth_element, suppression within the class, then the best max_detections of all classes. Suppression compares a
+//    kept box with all that follow it, 16 at a time: at most max_per_class^2 / 2 pairs for each class.
+// Memory: the logits are read once and nothing of their size is written; each candidate takes 12 bytes.
 //
-// Order of candidates: score, then lower anchor, then lower class. Anchors with a logit, a delta or a box coordinate that
-// is not finite give none. Deterministic, and the same with any number of threads. IoUs and boxes are computed as in
-// the plain version, operation by operation.
+// Order of candidates: score, then lower anchor, then lower class. An anchor with a logit, a delta or a box coordinate
+// that is not finite gives no candidate. The result is deterministic and does not depend on the number of threads. IoUs
+// and boxes are computed as in the plain version, operation by operation.
 #include "checks.h"
 #include "constants.h"
 #include "cpu/simd.h"
@@ -43,11 +43,11 @@ struct Candidate {
   }
 };
 
-// Boxes of a class, best first, in columns, and what suppression makes of them.
+// Boxes of a class in columns, best first. dropped: 1 for a box that suppression dropped, else 0.
 struct Columns {
   std::vector<float> left, top, right, bottom, area, dropped;
 
-  void resize(int64_t size) {  // a whole number of vectors; what pads them is empty boxes
+  void resize(int64_t size) {  // to whole vectors, padded with empty boxes
     const int64_t padded = (size + kLanes - 1) / kLanes * kLanes;
     for (auto* column : {&left, &top, &right, &bottom, &area, &dropped}) {
       column->assign(padded, 0.0f);
@@ -55,7 +55,7 @@ struct Columns {
   }
 };
 
-// Rows in which a logit besides the first is above the first + log_threshold; returns how many it wrote to `rows`.
+// Finds the rows in which some logit is above the first one + log_threshold. Returns the number written to `rows`.
 SSD_FAST_CLONES int64_t find_promising_rows(
     const float* logits, int64_t num_rows, int64_t num_classes, float log_threshold, int32_t* rows) {
   int64_t found = 0;
@@ -78,12 +78,13 @@ SSD_FAST_CLONES int64_t find_promising_rows(
       }
     }
     rows[found] = static_cast<int32_t>(row);
-    found += !(best <= x[0] + log_threshold);  // NaN passes: the exact rule decides
+    found += !(best <= x[0] + log_threshold);  // NaN passes; the exact rule decides later
   }
   return found;
 }
 
-// Probabilities of all classes of an anchor; false if a logit is not finite. `scores` has room for whole vectors.
+// Writes the probabilities of all classes of an anchor to `scores`, which has room for whole vectors. Returns false if
+// a logit is not finite.
 SSD_FAST_CLONES bool softmax(const float* logits, int64_t num_classes, float* scores) {
   const Floats zero = {};
   const int64_t padded = (num_classes + kLanes - 1) / kLanes * kLanes;
@@ -113,7 +114,7 @@ SSD_FAST_CLONES bool softmax(const float* logits, int64_t num_classes, float* sc
   return true;
 }
 
-// Drops boxes behind `kept` that overlap it by iou_threshold or more; `dropped` is 0 or 1.
+// Drops the boxes after `kept` that overlap it by iou_threshold or more.
 SSD_FAST_CLONES void drop_overlapping(Columns& boxes, int64_t kept, int64_t size, float iou_threshold) {
   const Floats zero = {};
   const float left = boxes.left[kept], top = boxes.top[kept], right = boxes.right[kept], bottom = boxes.bottom[kept];
@@ -130,7 +131,7 @@ SSD_FAST_CLONES void drop_overlapping(Columns& boxes, int64_t kept, int64_t size
 
 namespace {
 
-// Corners of the box that deltas describe relative to an anchor (cxcywh).
+// Corners of the box that the deltas describe relative to an anchor (cxcywh).
 template <typename scalar_t>
 Box decode(const scalar_t* deltas, const float* anchor) {
   std::array<float, 2> centre, size;
@@ -143,13 +144,13 @@ Box decode(const scalar_t* deltas, const float* anchor) {
       centre[0] - 0.5f * size[0], centre[1] - 0.5f * size[1], centre[0] + 0.5f * size[0], centre[1] + 0.5f * size[1]};
 }
 
-// All candidates of the anchors first to first + num_anchors of an image, whose tensors the pointers give; by anchor,
-// then class.
+// Appends the candidates of num_anchors anchors of an image, from anchor `first` on, in order of anchor, then class.
+// The pointers are to the image's first anchor.
 template <typename scalar_t>
 void find_candidates(
     const scalar_t* deltas, const scalar_t* logits, const float* anchors, int64_t first, int64_t num_anchors,
     int64_t num_classes, float score_threshold, std::vector<Candidate>& candidates) {
-  // Rounding in the sum and in log must not lose a candidate: a little room, the exact rule comes after.
+  // The margin of 1e-3 keeps rounding in the sum and in log from losing a candidate. The exact rule follows.
   const float log_threshold = std::log(score_threshold) - 1e-3f;
   std::vector<int32_t> promising(num_anchors);
   std::vector<float> scores(num_classes + kLanes), wide(std::is_same_v<scalar_t, float> ? 0 : num_classes);
@@ -188,7 +189,8 @@ void find_candidates(
   }
 }
 
-// Appends the candidates of one class that survive suppression to `kept`; reorders them. box_of: an anchor's box.
+// Appends the candidates of one class that survive suppression to `kept`. Reorders the candidates. box_of returns an
+// anchor's box.
 template <typename BoxOf>
 void suppress(
     Candidate* begin, Candidate* end, const BoxOf& box_of, float iou_threshold, int64_t max_per_class,
@@ -226,7 +228,7 @@ std::vector<Candidate> choose(
     ++ends[candidate.class_];
   }
   int64_t total = 0;
-  for (int64_t& end : ends) {  // for now where the class begins
+  for (int64_t& end : ends) {  // becomes the class's begin; filling by_class moves it to its end
     total += std::exchange(end, total);
   }
   std::vector<Candidate> by_class(candidates.size()), kept;

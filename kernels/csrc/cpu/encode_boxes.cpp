@@ -1,16 +1,16 @@
 // Targets of every anchor on the CPU (Liu et al. 2016, section 2.2): matching by IoU, then the regression targets
 //   ((cx, cy) - (anchor cx, cy)) / anchor size / 0.1  and  log(size / anchor size) / 0.2.
 //
-// In parallel over images; within one, a loop over ground truths, each against the anchors in vectors of 16. The IoU is
-// used as soon as it is known: an anchor keeps its best ground truth, the ground truth its best anchor; the matrix of
-// IoUs never exists. Anchors are ordered by place, so that 16 neighbours lie close together: where a ground truth misses
-// the rectangle around them all, their IoUs are 0 and are not computed.
-// Memory: 20 bytes of each anchor are read for each ground truth that comes near, from cache; 20 bytes are written
-// for each anchor of each image.
+// Threads share the images. For each image, a loop over ground truths compares each with the anchors in vectors of 16.
+// Each IoU is used at once: an anchor keeps its best ground truth, and the ground truth its best anchor. The matrix of
+// IoUs never exists. Anchors are in the order of their tie ranks, in which 16 neighbours usually lie close together. If
+// a ground truth misses the rectangle around all 16, their IoUs are 0 and are not computed.
+// Memory: 20 bytes are read (from cache) for each pair of a ground truth and a nearby anchor; 20 bytes are written for
+// each anchor of each image.
 //
-// Ties: an anchor keeps the first of equal ground truths, a ground truth the anchor of lowest rank; of several ground
-// truths with the same best anchor the last one takes it. Deterministic, and the same with any number of threads. IoUs
-// are computed as in the plain version, operation by operation, so that ties fall alike.
+// Ties: among equal IoUs an anchor keeps the first ground truth, and a ground truth the anchor of lowest rank. If
+// several ground truths share a best anchor, the last one takes it. The result is deterministic and does not depend on
+// the number of threads. IoUs are computed as in the plain version, operation by operation, so ties fall alike.
 #include "checks.h"
 #include "constants.h"
 #include "cpu/simd.h"
@@ -29,9 +29,9 @@
 
 namespace ssd_fast {
 
-// Anchors in the order that decides ties, in columns of whole vectors, padded with empty boxes.
+// Anchors in the order of their tie ranks, in columns of whole vectors, padded with empty boxes.
 struct Anchors {
-  std::vector<int32_t> rows;  // of the given anchors
+  std::vector<int32_t> rows;  // by tie rank, the row of the anchor in the argument
   std::vector<float> left, top, right, bottom, area;
   std::vector<std::array<float, 4>> bounds;  // ltrb around the anchors of each vector
 
@@ -71,15 +71,15 @@ Anchors::Anchors(const at::Tensor& anchors_cxcywh, const std::optional<at::Tenso
   }
 }
 
-// Matches one ground truth (ltrb), number `number` of its image. best_ious, owners: of every anchor so far, updated.
-// Returns the place of the anchor that overlaps it best.
+// Matches one ground truth (ltrb) with all anchors and returns the place of the anchor that overlaps it best.
+// number: of the ground truth in its image. best_ious, owners: of every anchor so far; updated here.
 SSD_FAST_CLONES int64_t match(
     const Anchors& anchors, const float* box, int32_t number, float* best_ious, int32_t* owners) {
   const Floats zero = {};
   const Ints none = {};
   const float left = box[0], top = box[1], right = box[2], bottom = box[3];
   const float area = (right - left) * (bottom - top);
-  Floats lane_ious = zero;  // of the best anchor in each lane, and which vector it is in
+  Floats lane_ious = zero;  // the best IoU of each lane; lane_vectors: the vector in which it was found
   Ints lane_vectors = none;
   const int32_t num_vectors = static_cast<int32_t>(anchors.num_vectors());
   for (int32_t v = 0; v < num_vectors; ++v) {
@@ -92,7 +92,7 @@ SSD_FAST_CLONES int64_t match(
     const Floats height =
         smaller(load(&anchors.bottom[i]), zero + bottom) - larger(load(&anchors.top[i]), zero + top);
     const Floats intersection = larger(width, zero) * larger(height, zero);
-    const Floats union_ = area + load(&anchors.area[i]) - intersection;  // positive, because the ground truth's area is
+    const Floats union_ = area + load(&anchors.area[i]) - intersection;  // positive, like the ground truth's area
     const Floats iou = intersection / union_;
 
     Ints owner;

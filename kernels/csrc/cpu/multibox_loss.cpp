@@ -1,22 +1,24 @@
-// Multibox loss on the CPU (Liu et al. 2016, eq. 1): SmoothL1 over the positive anchors, cross-entropy over these and
-// over the hardest background anchors, three for each positive; both divided by the image's number of positives.
+// Multibox loss on the CPU (Liu et al. 2016, eq. 1): SmoothL1 over the positive anchors, and cross-entropy over these
+// and over the hardest background anchors, three for each positive. Both are divided by the image's number of
+// positives.
 //
 //   cross-entropy of an anchor = log sum_c exp(x_c) - x_label = (max - x_label) + log sum_c exp(x_c - max)
 //   its gradient               = softmax(x) - onehot(label) = exp(x_c - log_normaliser) - onehot(label)
 //
-// Forward: 1. one pass over the logits, in parallel over anchors: log-normaliser and cross-entropy of each.
-//          2. in parallel over images: positives and their box loss; the cross-entropy of the last chosen negative by a
-//             histogram, without a sort; the sums, in order of anchors and in float64. The log-normaliser of anchors
-//             that do not count becomes +inf, which says so to the backward pass.
-// Backward: one pass over the anchors; logits are read again, and their gradient is written, only where one counts. The
-//           rest of the gradient, nearly all of it, is memory that the operating system gives out as zeros.
-// Memory: the logits are read once; besides the gradients, a float for each anchor, and three while the forward pass
-// runs. [B, A, C] exists only as the gradient.
+// Forward: 1. Threads share the anchors: one pass over the logits gives each log-normaliser and cross-entropy.
+//          2. Threads share the images: count positives and sum their box loss; find the cross-entropy of the last
+//             chosen negative with a histogram instead of a sort; sum in the order of anchors, in float64. The
+//             log-normaliser of an anchor that is not in the loss becomes +inf, which tells the backward pass to skip
+//             it.
+// Backward: one pass over the anchors. Only for anchors in the loss are logits read again and their gradients written.
+//           The rest of the gradient, nearly all of it, is memory that the operating system hands out as zeros.
+// Memory: the logits are read once. Besides the gradients there is one float for each anchor, and three during the
+// forward pass. Nothing but the gradient has the size [B, A, C].
 //
-// Ties: among equal cross-entropies the lower anchor comes first; NaN is harder than all. Deterministic, and the same
-// with any number of threads.
+// Ties: among equal cross-entropies the lower anchor comes first; NaN counts as the hardest. The result is
+// deterministic and does not depend on the number of threads.
 #ifdef __GNUC__
-#pragma GCC optimize("fp-contract=fast")  // no bit-equality is at stake here, and exp is a third faster
+#pragma GCC optimize("fp-contract=fast")  // no test asks for equal bits here, and exp is a third faster
 #endif
 
 #include "checks.h"
@@ -47,7 +49,7 @@ namespace ssd_fast {
 
 constexpr int64_t kAnchorsPerTask = 512;
 
-// Log-normalisers and cross-entropies of `num_rows` anchors; both NaN for a label that is out of range.
+// Log-normalisers and cross-entropies of `num_rows` anchors. Both are NaN for a label that is out of range.
 SSD_FAST_CLONES void classify_rows(
     const float* logits, const int32_t* labels, int64_t num_rows, int64_t num_classes, float* log_normalisers,
     float* class_losses) {
@@ -118,7 +120,7 @@ void classify_rows(
   }
 }
 
-// Gradient of an anchor's cross-entropy, times scale. A label that is out of range comes with a NaN log-normaliser.
+// Gradient of an anchor's cross-entropy, times scale. For a label that is out of range the log-normaliser is NaN.
 SSD_FAST_CLONES void class_gradient(
     const float* logits, int32_t label, int64_t num_classes, float log_normaliser, float scale, float* gradient) {
   float padded[kLanes] = {};
@@ -154,7 +156,7 @@ void class_gradient(
 
 namespace {
 
-// Zeros, where a page of memory comes into being with the first access to it: what stays zero is not written at all.
+// A tensor of zeros whose pages are allocated at their first access, so that parts that stay zero are never written.
 at::Tensor zeros_on_demand(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr size_t kWorthwhile = 1 << 20;
   const size_t size = c10::multiply_integers(sizes) * options.dtype().itemsize();
@@ -176,7 +178,7 @@ T smooth_l1(T difference) {
   return size < 1 ? T(0.5) * difference * difference : size - T(0.5);
 }
 
-// An integer that grows with a cross-entropy (never negative); NaN has the largest.
+// An integer that grows with a cross-entropy, which is never negative. NaN has the largest key.
 template <typename T>
 using Key = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
 
@@ -187,7 +189,7 @@ Key<T> hardness(T class_loss) {
   return std::isnan(class_loss) ? std::numeric_limits<Key<T>>::max() : key;
 }
 
-// The n-th largest key, 1 <= n <= keys.size(): a histogram of the leading 12 bits leaves few to choose from.
+// The n-th largest key, 1 <= n <= keys.size(). A histogram of the leading 12 bits leaves few keys to choose from.
 template <typename K>
 K nth_largest(const std::vector<K>& keys, int64_t n, std::vector<K>& bin_keys) {
   constexpr int kShift = 8 * sizeof(K) - 12;
@@ -205,7 +207,7 @@ K nth_largest(const std::vector<K>& keys, int64_t n, std::vector<K>& bin_keys) {
   return bin_keys[n - 1];
 }
 
-// One image's losses and number of positives; marks the anchors that do not count in log_normalisers.
+// One image's losses and number of positives. Sets the log-normaliser of anchors that are not in the loss to +inf.
 template <typename scalar_t, typename T>
 std::tuple<T, T, int64_t> sum_image(
     const scalar_t* deltas, const T* target_deltas, const int32_t* labels, const T* class_losses, int64_t num_anchors,
@@ -225,8 +227,8 @@ std::tuple<T, T, int64_t> sum_image(
     }
   }
   const int64_t num_hard = std::min<int64_t>(kNegativesPerPositive * num_positives, negatives.size());
-  Key<T> limit = 0;      // of the last negative that is chosen
-  int64_t num_ties = 0;  // how many of those with this key are chosen
+  Key<T> limit = 0;      // key of the last chosen negative
+  int64_t num_ties = 0;  // number of chosen negatives with this key
   if (num_hard > 0) {
     limit = nth_largest(negatives, num_hard, scratch);
     num_ties = num_hard - std::count_if(negatives.begin(), negatives.end(), [limit](Key<T> key) { return key > limit; });

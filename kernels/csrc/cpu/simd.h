@@ -1,6 +1,7 @@
-// Vectors of 16 floats in the compiler's own notation, for loops that it does not vectorise by itself: reductions, and
-// exponentials. Everything here must be inlined into a function marked SSD_FAST_CLONES, which is compiled for AVX-512,
-// AVX2 and the baseline; the dynamic loader picks. The three give the same bits, unless the file allows contraction.
+// Vectors of 16 floats in the compiler's vector extension, for loops that it does not vectorise by itself: reductions
+// and exponentials. Everything here must be inlined into a function marked SSD_FAST_CLONES. Such a function is compiled
+// for AVX-512, AVX2 and the baseline, and the dynamic loader picks one. All three give the same bits unless the file
+// allows contraction.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,7 @@ SSD_FAST_INLINE void store(float* to, Floats values) {
   std::memcpy(to, &values, sizeof values);
 }
 
-// As MAXPS and MINPS: the second argument where either is NaN.
+// Like MAXPS and MINPS, these return the second argument if either one is NaN.
 SSD_FAST_INLINE Floats larger(Floats a, Floats b) {
   return a > b ? a : b;
 }
@@ -42,7 +43,7 @@ SSD_FAST_INLINE Floats smaller(Floats a, Floats b) {
   return a < b ? a : b;
 }
 
-// combine(a, b) over all lanes, always in the same order; called for vectors of 8 and 4 floats and for floats.
+// Reduces all lanes with combine(a, b), always in the same order. combine takes vectors of 8 or 4 floats, or floats.
 template <typename Combine>
 SSD_FAST_INLINE float reduce(Floats values, Combine combine) {
   using Half = float __attribute__((vector_size(2 * kLanes)));
@@ -64,8 +65,9 @@ SSD_FAST_INLINE float sum(Floats values) {
   return reduce(values, [](auto a, auto b) { return a + b; });
 }
 
-// exp(x) for x <= 0 to 1 ulp or so; 0 below -87.7 (where float32 leaves its normal range), NaN for NaN.
-// 2^n exp(r) with n = round(x / ln 2), exp(r) = 1 + r + r^2 q(r); q is the minimax polynomial for |r| <= ln(2) / 2.
+// exp(x) for x <= 0, to about 1 ulp. It is 0 below -87.7, where float32 leaves its normal range, and NaN for NaN.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2) and exp(r) = 1 + r + r^2 q(r), where q is the minimax polynomial for
+// |r| <= ln(2) / 2.
 SSD_FAST_INLINE Floats exp_nonpositive(Floats x) {
   const Floats zero = {};
   const float rounder = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
@@ -81,8 +83,8 @@ SSD_FAST_INLINE Floats exp_nonpositive(Floats x) {
   return exp_r * reinterpret_cast<Floats>(reinterpret_cast<Ints>(shifted) << 23);
 }
 
-// log(x) to 2 ulp or so for x >= 1, finite or NaN: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and
-// log(1 + f) = f - f^2 / 2 + f^3 p(f) with a minimax polynomial p.
+// log(x) for x >= 1, finite or NaN, to about 2 ulp. x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and
+// log(1 + f) = f - f^2 / 2 + f^3 p(f), where p is a minimax polynomial.
 SSD_FAST_INLINE Floats log_from_one(Floats x) {
   const Floats one = Floats{} + 1.0f;
   const Ints bits = reinterpret_cast<Ints>(x);
@@ -100,7 +102,7 @@ SSD_FAST_INLINE Floats log_from_one(Floats x) {
   return x == x ? result : x;
 }
 
-// The last, incomplete vector of a row of at least kLanes values: lanes that earlier vectors have covered hold `filler`.
+// The last, incomplete vector of a row of at least kLanes values. Lanes that earlier vectors covered hold `filler`.
 SSD_FAST_INLINE Floats load_rest(const float* row, int64_t size, float filler) {
   const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Floats zero = {};

@@ -1,23 +1,25 @@
 // Detections on the GPU: softmax, score threshold, box decoding, greedy non-maximum suppression per class, best of all.
 //
-// 1. find_candidates, eight lanes for each anchor. As the sum of the softmax is at least exp(x_0), a class can only
-//    have a probability above t if x_c > x_0 + log t (0 is the background). For nearly every anchor of a trained
-//    network this settles it, without an exponential. The others get softmax and box; every class above t appends a
-//    key to the list of its image and class.
-// 2. suppress, one block for each image and class, which ends at once where the list is empty: the best max_per_class,
-//    sorted, with their boxes in shared memory; each that is still there drops all behind it that overlap it.
-//    At most max_per_class^2 / 2 pairs. What remains is appended to the list of its image.
-// 3. write_detections, one block for each image: the best max_detections of its list, sorted.
-// Keys are score bits (not negative, hence in order) over ~(anchor * C + class): unique, and in the order of the
-// result. Atomic counters fill the lists in any order; selection by rank and sorting make the result deterministic.
+// 1. find_candidates, eight lanes for each anchor. The sum of the softmax is at least exp(x_0), where 0 is the
+//    background, so a class can have a probability above t only if x_c > x_0 + log t. In a trained network this
+//    comparison, without an exponential, rules out nearly every anchor. Softmax and box are computed for the rest, and
+//    every class above t appends a key to the list of its image and class.
+// 2. suppress, one block for each image and class; it ends at once if the list is empty. It sorts the best
+//    max_per_class keys, with their boxes in shared memory. From best to worst, each box that is still there drops all
+//    later boxes that overlap it: at most max_per_class^2 / 2 pairs. The survivors are appended to the image's list.
+// 3. write_detections, one block for each image: sorts the best max_detections of its list and writes them.
+// A key is the score's bits (scores are not negative, so their bits are in order) above ~(anchor * C + class). Keys are
+// unique and in the order of the result. Atomic counters fill the lists in any order; selection by rank and sorting
+// make the result deterministic.
 //
-// Memory: the logits are read once, the floor (181 MB for 128 x 8732 x 81 of 16 bits); nothing of their size is
-// written. The workspace reserves B (C - 1) A keys of 8 bytes, room for every anchor in every class (179 MB for
-// 32 x 8732 x 81), B (C - 1) max_per_class keys for what remains, and 16 bytes for each anchor; only what is used of it
-// is touched. The host does not wait and no size depends on values: fit for a CUDA graph.
+// Memory: the logits are read once, the least possible (181 MB for 128 x 8732 x 81 of 16 bits); nothing of their size
+// is written. The workspace reserves B (C - 1) A keys of 8 bytes, room for every anchor in every class (179 MB for
+// 32 x 8732 x 81), B (C - 1) max_per_class keys for the survivors, and 16 bytes for each anchor; the part that is not
+// used is never touched. The host does not wait and no size depends on values, so a CUDA graph can capture the call.
 //
-// Ties: among equal scores the lower anchor, then the lower class. Anchors with a logit, a delta or a box coordinate
-// that is not finite give none. Boxes and IoUs are computed as in kernels/reference.py, operation by operation.
+// Ties: among equal scores the lower anchor comes first, then the lower class. An anchor with a logit, a delta or a box
+// coordinate that is not finite gives no detection. Boxes and IoUs are computed as in kernels/reference.py, operation
+// by operation.
 #include "checks.h"
 #include "constants.h"
 #include "cuda/primitives.cuh"
@@ -38,7 +40,7 @@ namespace {
 
 constexpr int kThreadsPerClass = 128;  // of suppress
 constexpr int kThreadsPerImage = 512;  // of write_detections
-constexpr int kMostInSharedMemory = 1024;  // keys and boxes; limits above it sort longer lists in global memory
+constexpr int kMostInSharedMemory = 1024;  // keys and boxes; longer lists are sorted in global memory
 
 using Key = unsigned long long;
 
@@ -70,7 +72,7 @@ __device__ __forceinline__ float4 decode(float4 deltas, float4 anchor_cxcywh) {
        __fmul_rn(expf(__fmul_rn(deltas.w, kSizeVariance)), anchor_cxcywh.w)});
 }
 
-// lists [B, C - 1, A]: keys. sizes [B, C - 1]: of the lists, zero before. boxes_ltrb [B, A]: of the anchors listed.
+// lists [B, C - 1, A]: keys. sizes [B, C - 1]: of the lists; zero at the launch. boxes_ltrb [B, A]: of listed anchors.
 struct Candidates {
   Key* lists;
   int* sizes;
@@ -88,7 +90,7 @@ __device__ __forceinline__ void find_in_tile(
   const int first = threadIdx.x / kWarpSize * rows_per_warp + lane / kLanesPerRow;
   for (int i = first; i < first + rows_per_warp; i += kRowsAtOnce) {
     const scalar_t* row = rows + min(i, num_rows - 1) * num_classes;
-    float largest = -kInfinity<float>;  // of this lane, without the background
+    float largest = -kInfinity<float>;  // logit of this lane, without the background
 #pragma unroll 4
     for (int c = lane_of_row == 0 ? kLanesPerRow : lane_of_row; c < num_classes; c += kLanesPerRow) {
       largest = fmaxf(largest, static_cast<float>(row[c]));
@@ -99,7 +101,7 @@ __device__ __forceinline__ void find_in_tile(
       continue;
     }
     float max, sum;
-    reduce_row(row, num_classes, max, sum);  // of all rows of the warp, which stays together
+    reduce_row(row, num_classes, max, sum);  // for all rows of the warp: its shuffles need all lanes
     bool finite = true;
     for (int c = lane_of_row; c < num_classes; c += kLanesPerRow) {
       finite = finite && isfinite(static_cast<float>(row[c]));
@@ -152,9 +154,9 @@ __global__ void __launch_bounds__(kThreadsPerTile) find_candidates(
   }
 }
 
-// Bitonic sort of any number of keys by one block, largest first. Each merge begins by comparing the keys of its first
-// half with those of the second in reverse, so that all comparisons go the same way and a missing key counts as
-// smallest: it never has to be moved, and no padding is stored.
+// Bitonic sort of any number of keys by one block, largest first. Each merge begins by comparing its first half with
+// its second half in reverse, so that all comparisons go the same way. A missing key then counts as the smallest and
+// never moves, so no padding is stored.
 __device__ void sort_descending(Key* keys, int size) {
   for (int run = 2; run / 2 < size; run *= 2) {
     for (int distance = run / 2; distance > 0; distance /= 2) {
@@ -175,8 +177,8 @@ __device__ void sort_descending(Key* keys, int size) {
   }
 }
 
-// The `limit` largest keys of a list, or all if there are fewer, sorted: in `shared`, which has room for `capacity`; if
-// that is not enough, at the front of the list itself. One block.
+// Sorts the `limit` largest keys of a list, or all if there are fewer, and returns where they are: in `shared`, which
+// has room for `capacity` keys, or at the front of the list itself if that is not enough. Called by a whole block.
 __device__ Key* sort_best(Key* list, int size, int limit, Key* shared, int capacity) {
   const int num_best = min(size, limit);
   if (num_best > capacity) {
@@ -199,8 +201,8 @@ __device__ Key* sort_best(Key* list, int size, int limit, Key* shared, int capac
   return shared;
 }
 
-// Suppression within one class of one image. survivors [B, survivors_per_image], survivor_counts [B] zero before.
-// Dynamic shared memory: `capacity` boxes and keys.
+// Suppression within one class of one image. survivors [B, survivors_per_image]; survivor_counts [B], zero at the
+// launch. Dynamic shared memory: `capacity` boxes and keys.
 __global__ void __launch_bounds__(kThreadsPerClass, 8) suppress(
     Candidates candidates, float iou_threshold, int max_per_class, int capacity, int num_anchors, int num_classes,
     int64_t survivors_per_image, Key* survivors, int* survivor_counts) {
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(kThreadsPerClass, 8) suppress(
   }
   const auto box_at = [=](int i) { return resident ? shared_boxes[i] : image_boxes[anchor_of(keys[i], num_classes)]; };
   for (int kept = 0; kept < size; ++kept) {
-    if (keys[kept] == 0) {  // dropped; a key itself is never 0
+    if (keys[kept] == 0) {  // dropped: real keys are never 0
       continue;
     }
     const float4 box = box_at(kept);
@@ -294,7 +296,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_nms(
   const at::Tensor lists = at::empty({num_lists, num_anchors}, options.dtype(at::kLong));
   const at::Tensor all_boxes = at::empty({num_rows, 4}, options);
   const at::Tensor survivors = at::empty({batch_size, survivors_per_image}, options.dtype(at::kLong));
-  const at::Tensor sizes = at::zeros({num_lists + batch_size}, options.dtype(at::kInt));  // of lists and of survivors
+  const at::Tensor sizes = at::zeros({num_lists + batch_size}, options.dtype(at::kInt));  // lists, then survivors
   const Candidates candidates{
       reinterpret_cast<Key*>(lists.mutable_data_ptr<int64_t>()), sizes.mutable_data_ptr<int>(),
       reinterpret_cast<float4*>(all_boxes.mutable_data_ptr<float>())};
@@ -303,7 +305,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_nms(
 
   if (num_anchors > 0) {
     const float score_threshold = static_cast<float>(score_threshold_in);
-    const float log_threshold = std::log(score_threshold) - 1e-3f;  // with room for the rounding of the scores
+    const float log_threshold = std::log(score_threshold) - 1e-3f;  // the margin covers the rounding of the scores
     AT_DISPATCH_V2(logits.scalar_type(), "decode_nms", AT_WRAP([&] {
       const Tiles tiles(num_rows, num_classes * sizeof(scalar_t));
       find_candidates<<<tiles.count, kThreadsPerTile, tiles.shared_bytes, stream>>>(

@@ -1,22 +1,23 @@
 // Targets of every anchor on the GPU: IoU, matching by the rules of kernels/reference.py, encoding of the deltas.
 //
-// One launch for the batch, one block for each image, one thread for every 1024th anchor. The ground truths lie in
-// shared memory, 256 at a time, any number in all. For each such tile
-// 1. every anchor computes its IoUs once and keeps the best and its ground truth. The anchor that each ground truth
-//    overlaps best is the maximum of 64-bit keys, IoU bits (not negative, hence in order) over ~tie_rank: within a warp
-//    by shuffles, skipped where no lane beats what the block has found, then in shared memory;
-// 2. every anchor looks whether it is the best of a ground truth; the last of these takes it. With the last tile it
-//    writes its deltas and its label. Until then the label's place holds the owner, so that there is no workspace; with
-//    a further tile the IoU with the owner is computed again, to the same bits.
-// The matrix of IoUs is never held. Memory: 20 bytes written for each anchor of each image, the floor; the anchors are
-// read from the L2 cache.
+// One launch serves the batch, with one block for each image; thread t handles the anchors t, t + 1024, … The ground
+// truths, any number of them, are loaded into shared memory in tiles of 256. For each tile:
+// 1. Every anchor computes its IoUs once and keeps the best one with its ground truth. The best anchor of each ground
+//    truth is the maximum of 64-bit keys: the IoU's bits (IoUs are not negative, so their bits are in order) above
+//    ~tie_rank. The maximum is taken within a warp by shuffles, which are skipped if no lane beats the block's maximum
+//    so far, then in shared memory.
+// 2. Every anchor checks if it is the best anchor of ground truths; the last of these takes it. After the last tile the
+//    anchor writes its deltas and its label. Before that, the label's place holds the owner, so no workspace is needed;
+//    each further tile recomputes the IoU with the owner, to the same bits.
+// The matrix of IoUs never exists. Memory: 20 bytes are written for each anchor of each image, the least possible; the
+// anchors are read from the L2 cache.
 //
-// Ties: among equal IoUs the first ground truth (strict comparison in ascending order) and the anchor of lowest rank
-// (keys). A ground truth that overlaps no anchor takes the anchor of rank 0, as the first of equal zeros.
-// Deterministic: a maximum does not depend on the order of its atomics.
+// Ties: among equal IoUs an anchor takes the first ground truth (strict comparison in ascending order), and a ground
+// truth the anchor of lowest rank (by the keys). A ground truth that overlaps no anchor takes the anchor of rank 0, the
+// first of equal zeros. Deterministic: a maximum does not depend on the order of its atomics.
 //
-// The host does not look at values, so they cannot be refused: ground truths without area, not finite or with a label
-// below 1 are left out, offsets are clamped to the boxes there are, tie_ranks are trusted to be a permutation.
+// The host does not read values, so it cannot reject them. Instead, a ground truth that has no area, is not finite or
+// has a label below 1 is left out; offsets are clamped to the number of boxes; tie_ranks must be a permutation.
 #include "checks.h"
 #include "constants.h"
 #include "cuda/primitives.cuh"
@@ -38,10 +39,10 @@ constexpr int kThreads = 1024;
 constexpr int kTile = 256;  // ground truths in shared memory
 
 using Key = unsigned long long;  // the type that atomicMax takes
-constexpr Key kLeftOut = 0xffffffff00000000ull;  // of a ground truth that is left out: rank ~0, which no anchor has
+constexpr Key kLeftOut = 0xffffffff00000000ull;  // marks a ground truth that is left out: no anchor has rank ~0
 
-// Owners of anchors: a row of the ground truths whose IoU is above the threshold; or none; or below that, a row whose
-// best anchor it is.
+// Owner of an anchor: kNoOwner, or the row of a ground truth. A row >= 0 owns the anchor by an IoU above the threshold;
+// a row whose best anchor this is, is stored as forced(row), below kNoOwner.
 constexpr int kNoOwner = -1;
 
 __device__ __forceinline__ int forced(int row) {
@@ -72,20 +73,20 @@ __device__ __forceinline__ float4 encode(float4 box, float4 anchor_cxcywh) {
       __fmul_rn(kInverseSizeVariance, logf(__fdiv_rn(height, anchor_cxcywh.w)))};
 }
 
-// owners_then_labels [B, A]: the owners between tiles, at the end the labels.
+// owners_then_labels [B, A]: holds the owners between tiles and the labels at the end.
 __global__ void __launch_bounds__(kThreads, 1) encode_images(
     const float* __restrict__ boxes_ltrb, const int* __restrict__ labels, const int64_t* __restrict__ offsets,
     const float* __restrict__ anchors_cxcywh, const int* __restrict__ tie_ranks, int num_boxes, int num_anchors,
     float iou_threshold, float4* __restrict__ deltas, int* __restrict__ owners_then_labels) {
   __shared__ float4 boxes[kTile];
   __shared__ float areas[kTile];
-  __shared__ Key keys[kTile];  // of the best anchor; 0 if all IoUs are 0, which is a tie that rank 0 wins
+  __shared__ Key keys[kTile];  // of the best anchors; 0 if all IoUs are 0, a tie that rank 0 wins
   const int begin = row_at(offsets, blockIdx.x, num_boxes), end = row_at(offsets, blockIdx.x + 1, num_boxes);
   deltas += int64_t{blockIdx.x} * num_anchors;
   owners_then_labels += int64_t{blockIdx.x} * num_anchors;
 
   int first = begin;
-  do {  // once without ground truths, too
+  do {  // runs once even without ground truths
     const int size = max(0, min(kTile, end - first));
     if (threadIdx.x < size) {
       const int row = first + threadIdx.x;
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_images(
     __syncthreads();
 
     for (int anchor = threadIdx.x; anchor - threadIdx.x % kWarpSize < num_anchors; anchor += kThreads) {
-      const bool exists = anchor < num_anchors;  // the lanes of a warp stay together
+      const bool exists = anchor < num_anchors;  // all lanes of a warp take part in the shuffles
       const float4 anchor_box = exists ? cxcywh_to_ltrb(load_four(anchors_cxcywh + 4 * int64_t{anchor})) : float4{};
       const float anchor_area = area_of(anchor_box);
       const unsigned rank = exists ? rank_of(anchor, tie_ranks) : 0;

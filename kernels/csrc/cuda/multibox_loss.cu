@@ -1,21 +1,21 @@
 // Multibox loss on the GPU and its gradient: SmoothL1, softmax cross-entropy, hard-negative mining.
 //
-// With x the logits of an anchor and y its label, n = log sum_c exp(x_c) and its cross-entropy is n - x_y. An image's
-// positives (y > 0) and the hardest of its other anchors, three for each positive, are in the loss:
+// Let x be the logits of an anchor, y its label and n = log sum_c exp(x_c); its cross-entropy is n - x_y. The loss
+// takes an image's positives (y > 0) and the hardest of its other anchors, three for each positive:
 //     class = sum (n - x_y) / num_positives,  d class / d x_c = (exp(x_c - n) - [c == y]) / num_positives
 //     box = sum over positives of SmoothL1(deltas - target) / num_positives
 //
-// Forward:  1. normalise_rows, eight lanes for each anchor: n and n - x_y from one read of the logits.
-//           2. choose_anchors, one block for each image: counts positives, finds by radix select what the chosen
-//              negatives have to reach, sums the losses, and sets n to +inf where an anchor is not in the loss.
-// Backward: 3. write_gradients: one pass over the gradient of the logits in vectors of 16 bytes. n = +inf tells the
-//              anchors whose gradient is 0; only the logits of the others, a few in a hundred, are read again.
-// Nothing of the logits' size is held besides their gradient, and nothing is sorted. Memory, for logits [B, A, C] of s
-// bytes: B A C s read forward and written backward, the floor (181 MB each for 128 x 8732 x 81 of 16 bits), besides 40
-// to 50 bytes for each anchor: n, its cross-entropy, its label, and the gradient of its deltas.
+// Forward:  1. normalise_rows, eight lanes for each anchor: computes n and n - x_y from one read of the logits.
+//           2. choose_anchors, one block for each image: counts the positives, finds the key of the last chosen
+//              negative by radix select, sums the losses, and sets n to +inf for anchors that are not in the loss.
+// Backward: 3. write_gradients: one pass over the gradient of the logits in vectors of 16 bytes. An anchor with n =
+//              +inf has gradient 0; only the logits of the others, a few in a hundred, are read again.
+// Nothing but the gradient has the logits' size, and nothing is sorted. Memory for logits [B, A, C] of s bytes each:
+// B A C s bytes are read forward and written backward, the least possible (181 MB each for 128 x 8732 x 81 of 16 bits),
+// and 40 to 50 bytes for each anchor: n, its cross-entropy, its label, and the gradient of its deltas.
 //
-// Precision: float32 for 16-bit input. n - x_y is computed as log sum exp(x_c - max) + (max - x_y), which keeps small
-// losses accurate. Ties: among equal cross-entropies the lower anchor is chosen first; NaN is the largest.
+// Precision: 16-bit input is computed in float32. n - x_y is computed as log sum exp(x_c - max) + (max - x_y), which
+// keeps small losses accurate. Ties: among equal cross-entropies the lower anchor is chosen first; NaN is the largest.
 // Deterministic: the radix select is exact and every sum has a fixed order. A label that is not in 0 to C - 1 makes its
 // anchor's loss and gradient NaN, and is never used as an index.
 #include "checks.h"
@@ -38,9 +38,9 @@ namespace {
 constexpr int kThreadsPerImage = 1024;  // of choose_anchors
 constexpr int kThreads = 256;           // of write_gradients
 
-// rows: the logits of a tile, in shared or global memory. Row 4 i + j of a warp is reduced by its lanes 8 j to 8 j + 7
-// and kept by lane 8 j + i, so that all lanes take their logarithms together. Rows behind the last are computed as
-// copies of it, which keeps the lanes together, but not written.
+// rows: the logits of a tile, in shared or global memory. Lanes 8 j to 8 j + 7 of a warp reduce its row 4 i + j, and
+// lane 8 j + i keeps the result, so that all lanes take their logarithms together. Lanes beyond the last row reduce
+// that row again, which keeps the warp together, and write nothing.
 template <typename scalar_t, typename T>
 __device__ __forceinline__ void normalise_tile(
     const scalar_t* rows, const int* labels, int num_rows, int rows_per_warp, int num_classes, T* log_normalisers,
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreadsPerTile) normalise_rows(
   }
 }
 
-// The same in all threads of the block.
+// Sum of `value` over the block, returned in every thread.
 template <typename T>
 __device__ T sum_over_block(T value) {
   __shared__ T of_warps[kThreadsPerImage / kWarpSize];
@@ -98,7 +98,7 @@ __device__ T sum_over_block(T value) {
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, lanes);
   }
-  __syncthreads();  // an earlier sum may still be read
+  __syncthreads();  // threads may still be reading an earlier sum
   if (threadIdx.x % kWarpSize == 0) {
     of_warps[threadIdx.x / kWarpSize] = value;
   }
@@ -111,7 +111,7 @@ __device__ T sum_over_block(T value) {
   return value;
 }
 
-// Bits of a loss in an order where NaN is the largest.
+// Bits of a loss as an unsigned integer that grows with it; NaN has the largest.
 __device__ __forceinline__ uint32_t ordered_bits(float loss) {
   const uint32_t bits = __float_as_uint(loss), sign = 1u << 31;
   return isnan(loss) ? ~0u : bits & sign ? ~bits : bits | sign;
@@ -122,7 +122,7 @@ __device__ __forceinline__ uint64_t ordered_bits(double loss) {
   return isnan(loss) ? ~uint64_t{0} : bits & sign ? ~bits : bits | sign;
 }
 
-// Unique keys of the background anchors, the hardest largest: ordered bits over ~anchor. Positives have none.
+// Unique keys of the background anchors, largest for the hardest: ordered bits above ~anchor. Positives have key 0.
 template <typename T>
 struct Hardness {
   using Key = std::conditional_t<std::is_same_v<T, double>, unsigned __int128, uint64_t>;
@@ -198,8 +198,8 @@ struct alignas(size * sizeof(scalar_t)) Vector {
   scalar_t values[size];
 };
 
-// A block writes the gradients of kThreads anchors, whose logits are a whole number of vectors: of the deltas with one
-// thread for each anchor, then of the logits with one for each vector.
+// A block writes the gradients of kThreads anchors, whose logits fill whole vectors: first those of the deltas, with
+// one thread for each anchor, then those of the logits, with one thread for each vector.
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) write_gradients(
     const T* __restrict__ grad_box, const T* __restrict__ grad_class, const scalar_t* __restrict__ deltas,
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) write_gradients(
   __shared__ T normalisers[kThreads], scales[kThreads];
   __shared__ int row_labels[kThreads];
   const int64_t first = int64_t{blockIdx.x} * kThreads, own = first + threadIdx.x;
-  normalisers[threadIdx.x] = kInfinity<T>;  // rows behind the last
+  normalisers[threadIdx.x] = kInfinity<T>;  // stays for rows beyond the last
   if (own < num_rows) {
     const int64_t image = own / num_anchors;
     const int label = labels[own], divisor = max(num_positives[image], 1);

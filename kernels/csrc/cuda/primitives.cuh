@@ -1,5 +1,5 @@
-// What two operators share on the device: overlap of boxes, softmax of rows, the k-th largest key.
-// Blocks have whole warps, and all threads of a block call these functions together unless said otherwise.
+// Device functions that several operators share: overlap of boxes, softmax of rows, the k-th largest key.
+// Blocks consist of whole warps. All threads of a block call a function together unless its comment says otherwise.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ constexpr int kWarpSize = 32;
 template <typename scalar_t>
 using Accumulate = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-// Constants rather than calls: device code may not call the library's constexpr functions.
+// These are constants because device code may not call the library's constexpr functions.
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 template <typename T>
@@ -26,10 +26,10 @@ constexpr T kLowest = std::numeric_limits<T>::lowest();
 template <typename T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
-// ---- Boxes. Every operation is rounded by itself, in the order of kernels/reference.py: the compiler may not contract
-// a product and a sum, which would change last bits, hence ties. Coordinates are x, y, z, w = left, top, right, bottom.
+// ---- Boxes. Every operation is rounded on its own, in the order of kernels/reference.py. A contraction of a product
+// and a sum would change last bits, and with them ties. Coordinates: x, y, z, w = left, top, right, bottom.
 
-// Four values in a row, of which only the first need be aligned.
+// Four consecutive values, aligned like scalar_t only.
 template <typename scalar_t>
 __device__ __forceinline__ float4 load_four(const scalar_t* values) {
   return {
@@ -48,7 +48,7 @@ __device__ __forceinline__ float area_of(float4 box) {
   return __fmul_rn(__fsub_rn(box.z, box.x), __fsub_rn(box.w, box.y));
 }
 
-// Never negative, never NaN. Boxes that do not meet, by far the most, cost no division.
+// Intersection over union: never negative, never NaN. Boxes that do not meet, by far the most, cost no division.
 __device__ __forceinline__ float iou_of(float4 a, float area_a, float4 b, float area_b) {
   const float width = __fsub_rn(fminf(a.z, b.z), fmaxf(a.x, b.x));
   const float height = __fsub_rn(fminf(a.w, b.w), fmaxf(a.y, b.y));
@@ -60,19 +60,19 @@ __device__ __forceinline__ float iou_of(float4 a, float area_a, float4 b, float 
   return union_area > 0.0f ? __fdiv_rn(intersection, union_area) : 0.0f;
 }
 
-// ---- Rows of logits. A block stages a tile of whole rows in shared memory, because a row of 81 16-bit logits starts
-// at any even address: the tile is read from global memory in vectors of 16 bytes, the rows then value by value. Eight
-// lanes share a row, so that a warp reads 4 x 8 neighbours at a time (no bank conflict for 81 16-bit classes). Every
-// warp has an equal share of the tile, at most one row for each of its lanes.
+// ---- Rows of logits. A row of 81 16-bit logits can start at any even address. So a block first copies a tile of whole
+// rows to shared memory in vectors of 16 bytes, then reads the rows value by value. Eight lanes share a row, so that a
+// warp reads 4 x 8 neighbours at a time (no bank conflict for 81 16-bit classes). Every warp has an equal share of the
+// tile, at most one row for each of its lanes.
 
 constexpr int kThreadsPerTile = 128;
 constexpr int kWarpsPerTile = kThreadsPerTile / kWarpSize;
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsAtOnce = kWarpSize / kLanesPerRow;  // in a warp
 constexpr int kValuesPerLane = 12;                     // in registers at a time: 96 classes in one go
-constexpr int kTileBytes = 24 * 1024;                  // two and more tiles find room on any GPU
+constexpr int kTileBytes = 24 * 1024;                  // any GPU has room for two or more tiles
 
-// How rows are shared out. Rows too long for shared memory are not staged but read where they lie.
+// The division of rows into tiles. Rows too long for shared memory are read from global memory instead of staged.
 struct Tiles {
   int rows_per_warp;
   bool staged;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void stage(const scalar_t* __restrict__ values, int c
   }
 }
 
-// exp(x) for x <= 0, 0 if below 2^-126: two instructions instead of eight. The relative error is 2^-22 + |x| 2^-24; in
-// a sum of at least 1, to which x adds exp(x), that stays at the size of float32 rounding.
+// exp(x) for x <= 0, in two instructions instead of eight; 0 if the result is below 2^-126. The relative error is
+// 2^-22 + |x| 2^-24. In a sum of at least 1, to which x adds exp(x), that stays at the size of float32 rounding.
 __device__ __forceinline__ float fast_exp(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
@@ -127,11 +127,11 @@ __device__ __forceinline__ double fast_exp(double x) {
   return exp(x);
 }
 
-// Maximum of a row and sum of exp(value - maximum), in all lanes of the row; all lanes of a warp call it together.
-// The sum is NaN if a value is NaN or +inf. The order of summation depends on the number of classes only.
+// Maximum of a row and sum of exp(value - maximum), returned in all lanes of the row; all lanes of a warp call it
+// together. The sum is NaN if a value is NaN or +inf. The order of summation depends only on the number of classes.
 template <typename scalar_t, typename T>
 __device__ __forceinline__ void reduce_row(const scalar_t* row, int num_classes, T& max, T& sum) {
-  max = kLowest<T>;  // not -inf: -inf - -inf would make a lane without values NaN
+  max = kLowest<T>;  // with -inf, a lane without values would compute -inf - -inf = NaN
   sum = 0;
   for (int first = threadIdx.x % kLanesPerRow; first < num_classes; first += kLanesPerRow * kValuesPerLane) {
     const int num_left = num_classes - first;
@@ -161,12 +161,12 @@ __device__ __forceinline__ void reduce_row(const scalar_t* row, int num_classes,
   }
 }
 
-// ---- Selection. Radix select, one byte of the keys a pass, from the top, until the bin that holds the k-th key holds
-// nothing beyond it. Nothing is sorted and nothing written but 256 counters, so the result does not depend on the
-// order in which threads run.
+// ---- Selection: radix select over the bytes of the keys, from the top, until the bin of the k-th key holds no keys
+// beyond it. Nothing is sorted and only 256 counters are written, so the result does not depend on the order in which
+// threads run.
 
-// The greatest bound that k keys reach or exceed. key_at(i), 0 <= i < count: unique unsigned keys, 0 for none; at least
-// k >= 1 of them are not 0.
+// The greatest bound that k keys reach or exceed. key_at(i), 0 <= i < count, returns unique unsigned keys, or 0 for no
+// key; at least k >= 1 of them are not 0.
 template <typename Key, typename KeyAt>
 __device__ Key kth_largest(int count, int k, KeyAt key_at) {
   constexpr int kBins = 256;
@@ -192,7 +192,7 @@ __device__ Key kth_largest(int count, int k, KeyAt key_at) {
       for (int i = 0; i < kBinsPerLane; ++i) {
         own += bins[top - i];
       }
-      int through = own;  // keys in this lane's bins and above
+      int through = own;  // number of keys in this lane's bins and above
       for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
         const int before = __shfl_up_sync(kAllLanes, through, lanes);
         through += lane >= lanes ? before : 0;
