@@ -3,13 +3,10 @@
 from typing import Any
 
 import pytest
-import torch
 from tiny import tiny_config
-from torch import nn
 
 from dali_pipelines.train import PIXEL_PARTS
 from ssd_fast.profiling.bottleneck import find_bottlenecks
-from ssd_fast.profiling.dispatch import CallCounter
 from ssd_fast.profiling.profile import (
     BOTH,
     INPUT_ALONE,
@@ -17,7 +14,6 @@ from ssd_fast.profiling.profile import (
     STEP_ALONE,
     HostRead,
     Machine,
-    Part,
     Profile,
     Rank,
     Stage,
@@ -33,14 +29,7 @@ FLOP_PER_S, COPIED_PER_S = 200e9, 20e9
 
 
 def stage(name: str, seconds: dict[str, float]) -> Stage:
-    return Stage(
-        name=name,
-        whole=Part.of(name, [sum(seconds.values())]),
-        parts=tuple(Part.of(part, [value]) for part, value in seconds.items()),
-        images=8,
-        busy=1.0,
-        samples={part: [value] for part, value in seconds.items()},
-    )
+    return Stage.of(name, {part: [value] for part, value in seconds.items()}, images=8, busy=1.0)
 
 
 def profile(
@@ -198,36 +187,3 @@ def test_parts_alone_have_a_sentence_too() -> None:
     assert only.startswith("Bound by the input: crop and decode takes 47% of its time")
     assert sentences(profile(fed=None, both=None))[0].startswith("Bound by the arithmetic")
     assert not sentences(profile(fed=None, alone=None, both=None))
-
-
-# ---- what is counted ----
-
-
-def test_bytes_are_those_of_arguments_and_results_and_views_are_free() -> None:
-    left, right = torch.ones(100, 50), torch.ones(50, 20)
-    with CallCounter() as counter:
-        product = left @ right
-        product.view(-1)[:10].add_(1)
-        torch.empty(10_000)
-    assert counter.num_bytes == 4 * (100 * 50 + 50 * 20 + 100 * 20) + 4 * (10 + 10)
-    assert not counter.host_reads
-
-
-def test_bytes_of_backward_count() -> None:
-    layer = nn.Linear(50, 20, bias=False)
-    images = torch.ones(100, 50)
-    with CallCounter() as forward:
-        loss = layer(images).sum()
-    with CallCounter() as backward:
-        loss.backward()
-    assert backward.num_bytes > 0.8 * forward.num_bytes
-
-
-def test_values_that_are_read_are_counted_by_their_place() -> None:
-    values = torch.ones(3)
-    with CallCounter() as counter:
-        for _ in range(2):
-            values.sum().item()
-        assert bool(values.any())
-    assert {place.rpartition(":")[0] for place in counter.host_reads} == {"tests/profiling/test_bottleneck.py"}
-    assert list(counter.host_reads.values()) == [2, 1]
