@@ -90,7 +90,7 @@ def test_without_a_loss_the_arithmetic_bounds() -> None:
 
 def test_arithmetic_in_float32_where_bfloat16_is_faster_names_the_setting() -> None:
     (only,) = sentences(profile(machine={"bf16_flop_per_s": 2 * FLOP_PER_S}))
-    assert 'training.precision = "bf16" may help: in it products are 2.0 times as fast' in only
+    assert 'training.precision = "bf16" may help: products in it are 2.0 times as fast' in only
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_an_input_that_takes_cores_from_the_step_is_named() -> None:
 @pytest.mark.parametrize(
     ("part", "seconds", "expected"),
     [
-        (OPTIMIZER, 0.3, "the optimizer: it takes 300 ms a step, where to read and write 4 MB"),
-        (LOSS, 0.5, "the loss: it takes 56% of what forward and backward take"),
+        (OPTIMIZER, 0.3, "the optimizer: it takes 300 ms a step, but reading and writing 4 MB"),
+        (LOSS, 0.5, "the loss: it takes 56% of the time of forward and backward"),
         (REST, 0.2, "the host: 18% of a step lies between its parts"),
     ],
 )
