@@ -200,5 +200,6 @@ def _arithmetic(profile: Profile, whole: Stage) -> Finding:
     elif max(near_matrix, near_copy) < _NEAR_ROOF:
         text += "Its layers are too small for either: a larger training.batch_size may help."
     else:
-        text += f"No setting limits it: more {'GPUs' if machine.is_gpu else 'cores, or a GPU'} would help."
+        more = "GPUs" if machine.is_gpu else "cores, or a GPU"
+        text += f"Nothing in the recipe holds it back: more {more} would help."
     return Finding(name="arithmetic", lost=0, sentence=text)

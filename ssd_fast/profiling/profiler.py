@@ -16,10 +16,10 @@ import torch
 
 from ssd_fast import hardware
 from ssd_fast.config import Config
-from ssd_fast.data.coco import NUMBERED_CATEGORIES
+from ssd_fast.data.coco import NUMBERED_CATEGORIES, Category
 from ssd_fast.data.loaders import load_sets, make_train_loader
 from ssd_fast.distributed.world import World
-from ssd_fast.evaluation.detector import load_detector, make_random_detector
+from ssd_fast.evaluation.detector import Detector, load_detector, make_random_detector
 from ssd_fast.files import write_atomically
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.parts import ALLREDUCE, BACKWARD, FORWARD, INPUT
@@ -73,11 +73,7 @@ def profile_run(
     """
     device, clock = world.device(), Stopwatch(world)
     sets = load_sets(config, data) if data else None
-    categories = sets.train.categories if sets else NUMBERED_CATEGORIES
-    if checkpoint:
-        detector, _ = load_detector(checkpoint, device, config=config, categories=categories)
-    else:
-        detector = make_random_detector(config, categories, device)
+    detector = _make_detector(config, checkpoint, sets.train.categories if sets else NUMBERED_CATEGORIES, device)
     batches = None
     if sets and {INPUT_ALONE, BOTH} & set(stages):
         loader = make_train_loader(config, sets.train, model_anchors(config.model), device, world)
@@ -127,6 +123,15 @@ def write_files(folder: Path, measured: Measured, rank: int, before: Profile | N
     if rank == 0:
         write_atomically(folder / PROFILE_FILE, measured.profile.model_dump_json(indent=1).encode())
         write_atomically(folder / "report.html", to_html(measured.profile, before).encode())
+
+
+def _make_detector(
+    config: Config, checkpoint: Path | None, categories: tuple[Category, ...], device: torch.device
+) -> Detector:
+    if checkpoint is None:
+        return make_random_detector(config, categories, device)
+    detector, _ = load_detector(checkpoint, device, config=config, categories=categories)
+    return detector
 
 
 def _take_turns(profilers: Sequence[InputProfiler | StepProfiler], turn_s: float) -> list[Stage]:
