@@ -38,7 +38,7 @@ from ssd_fast.profiling.profile import (
     Stage,
 )
 from ssd_fast.profiling.report import to_html
-from ssd_fast.profiling.step_profiler import StepFindings, StepProfiler
+from ssd_fast.profiling.step_profiler import StepDetails, StepProfiler
 from ssd_fast.profiling.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def profile_run(
         profilers = [InputProfiler(config, sets.train, batches, world, clock)]
     profilers += [step] if step else []
     measured = _take_turns(profilers, seconds / _ROUNDS)
-    found = step.findings() if step else StepFindings()
+    details = step.details() if step else StepDetails()
     if EVALUATION in stages:
         assert sets is not None
         evaluated = profile_evaluation(config, detector, sets.val, world, clock, seconds=seconds)
@@ -97,20 +97,20 @@ def profile_run(
     logger.info("measuring the rates of this machine")
     clock.settle()
     profile = Profile(
-        machine=_measure_machine(world, detector.dtype, found.peak_bytes),
+        machine=_measure_machine(world, detector.dtype, details.peak_bytes),
         config=config.model_dump(mode="json", exclude_none=True),
         recipe=recipe,
         batch_size=config.training.batch_size,
         stages=tuple(measured),
-        spans=found.spans,
-        work=found.work,
-        doubled=dict(found.doubled),
+        spans=details.spans,
+        work=details.work,
+        doubled=dict(details.doubled),
         ranks=tuple(world.gather(_summarise_rank(measured))),
         findings=(),
     )
     if world.is_main:
         profile = profile.model_copy(update={"findings": tuple(find_bottlenecks(profile))})
-    return Measured(profile, found.trace)
+    return Measured(profile, details.trace)
 
 
 def write_files(folder: Path, measured: Measured, rank: int, before: Profile | None = None) -> None:
