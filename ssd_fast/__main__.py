@@ -189,22 +189,13 @@ class Stage(enum.StrEnum):
 
 @app.command()
 def profile(
-    config: Annotated[
-        Path | None, typer.Option(help="Recipe (TOML); left out, two profiles are compared.", show_default=False)
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Data folder in COCO's layout; --stage step needs none.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe (TOML).", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Data folder in COCO's layout.", show_default=False)] = None,
     stage: Annotated[Stage, typer.Option(help="Stage to measure.")] = Stage.ALL,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for report.html, profile.json and traces.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for report and traces.", show_default=False)] = None,
     compare: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Earlier profile (its folder or profile.json) to compare with; may be given twice without --config.",
-            show_default=False,
-        ),
+        typer.Option(help="Earlier profile to compare with; without --config, two of them.", show_default=False),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Detector to use; left out, random weights.", show_default=False)
