@@ -158,7 +158,7 @@ def test_draw_shows_what_reaches_the_score(detector: ImageDetector, photo: Path)
         (np.zeros((0, 5, 3), np.uint8), r"an array of uint8 \[0, 5, 3\]: expected"),
         (Image.new("F", (5, 5)), "a PIL image of mode F: expected one of 8 bits"),
         ("nowhere.jpg", "nowhere.jpg: no such file"),
-        (REPOSITORY, "no such file: expected an image file"),
+        (REPOSITORY, "a folder: expected an image file"),
         (REPOSITORY / "pyproject.toml", "pyproject.toml: not an image"),
         (7, "image 2 of 2: int: expected a path, a PIL image, or a uint8 array"),
     ],

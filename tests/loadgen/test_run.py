@@ -17,6 +17,7 @@ from ssd_fast.evaluation.detector import make_random_detector
 from ssd_fast.loadgen import run as loadgen
 from ssd_fast.loadgen.logs import read_figures
 from ssd_fast.loadgen.settings import Scenario
+from ssd_fast.model.ssd import SSD
 
 pytest.importorskip("mlperf_loadgen")
 Run = Callable[..., tuple[int, str, str]]
@@ -79,7 +80,7 @@ def run_apart(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[
         [sys.executable, "-c", code, "benchmark", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
         check=False,
     )
@@ -92,8 +93,10 @@ def test_an_error_while_serving_ends_the_run_with_its_message(tmp_path: Path) ->
     assert ended.stderr.splitlines()[-1] == "RuntimeError: the device is gone"
 
 
-def test_a_damaged_image_ends_the_run_with_its_name(synthetic_set: Path, weights: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
+def test_a_damaged_image_ends_the_run_with_its_name(synthetic_set: Path, tmp_path: Path) -> None:
+    data, weights = tmp_path / "data", tmp_path / "weights.pt"
+    model = SSD(tiny_config().model, num_classes=len(load_set(synthetic_set).categories))
+    torch.save(model.state_dict(), weights)
     (data / "val2017").mkdir(parents=True)
     (data / "annotations").symlink_to(synthetic_set / "annotations")
     for image in (synthetic_set / "val2017").iterdir():
