@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_pil_images_are_turned_upright(detector: ImageDetector, photo: Path, tmp
 
 def test_a_list_gives_a_result_for_each_in_its_order(detector: ImageDetector, photo: Path, png: Path) -> None:
     pixels = pixels_of(photo)
-    given = [pixels[:90], photo, pixels[:, :100], png, Image.fromarray(pixels[50:])]
+    given: list[Any] = [pixels[:90], photo, pixels[:, :100], png, Image.fromarray(pixels[50:])]
     found = detector(given)
     assert [result.draw().size for result in found] == [
         Image.fromarray(pixels_of(item) if isinstance(item, Path) else np.asarray(item)).size for item in given

@@ -42,6 +42,7 @@ def test_every_scenario_is_valid_by_its_own_figures(run: Run, tmp_path: Path, sc
         "Server": ("p50 of the latency", 1e6, figures.get("result_50.00_percentile_latency_ns")),
         "MultiStream": ("p50 of the latency", 1e6, figures.get("result_50.00_percentile_per_query_latency_ns")),
     }[scenario]
+    assert figure is not None
     assert float(table[metric].split()[0]) == pytest.approx(figure / unit, rel=1e-3, abs=0.006)
 
 

@@ -73,9 +73,10 @@ def test_anchors_that_rounding_decides_are_those_of_equal_overlap() -> None:
 def test_torchvisions_ways_find_what_the_oracle_finds(make_input: Any) -> None:
     anchors = anchors_of(DEMO)
     predictions = make_input(anchors, 2, generator())
-    expected = reference.decode_nms(*predictions, anchors)
+    deltas, logits = predictions
+    expected = reference.decode_nms(deltas, logits, anchors)
     for decode in (operator_cases.decode_per_class, operator_cases.decode_batched):
-        found = decode(*predictions, anchors)
+        found = decode(deltas, logits, anchors)
         assert torch.equal(found.counts, expected.counts)
         torch.testing.assert_close(found.scores, expected.scores)
         assert operator_cases.unmatched(found, expected) <= 0.005

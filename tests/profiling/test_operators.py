@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ def case_of(**runs: Callable[[], Any]) -> Case:
 
 def test_implementations_take_turns_and_slow_ones_have_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    case = case_of(**{name: lambda name=name: calls.append(name) or 1 for name in (OURS, ORACLE, "other")})
+
+    def called(name: str) -> int:
+        calls.append(name)
+        return 1
+
+    case = case_of(**{name: partial(called, name) for name in (OURS, ORACLE, "other")})
     rows = measure(case, CPU, repeats=5, copy_rate=1e9)
     assert calls[-15:] == [OURS, ORACLE, "other"] * 5
     assert [len(row.times.samples_s) for row in rows if row.times] == [5, 5, 5]
