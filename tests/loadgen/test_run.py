@@ -104,11 +104,9 @@ def test_a_damaged_image_ends_the_run_with_its_name(synthetic_set: Path, tmp_pat
         content = image.read_bytes()
         start = content.index(b"\xff\xda")
         (data / "val2017" / image.name).write_bytes(content[:start] + b"\xff\xd9")
-    ended = run_apart(
-        "from ssd_fast.__main__ import main; main()",
-        *("--config", DEMO, "--checkpoint", weights, "--data", data, "--scenario", "SingleStream"),
-        *("--output", tmp_path / "logs", *sets("benchmark.min_duration_s=600")),
-    )
+    options: list[str | Path] = ["--config", DEMO, "--checkpoint", weights, "--data", data]
+    options += ["--scenario", "SingleStream", "--output", tmp_path / "logs", *sets("benchmark.min_duration_s=600")]
+    ended = run_apart("from ssd_fast.__main__ import main; main()", *options)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith(f"error: {data / 'val2017'}")
 
