@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from repository import REPOSITORY
 
-# Tests are small and run side by side. This is set before torch is imported and inherited by processes that tests start.
+# Tests are small and run side by side. Set before torch is imported, and inherited by processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # pytest --hypothesis-profile=few: for runs that look for memory errors, where more values of the same kind add nothing.
