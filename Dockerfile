@@ -1,5 +1,5 @@
-# The inference image, for GPUs from Turing on and for CPUs: docker build -t inference/single_stage_detector .
-# With --build-arg CUDA=12.6.3 for Volta to Hopper. Run it with --gpus all, or without for the CPU.
+# The inference image, for CPUs and for GPUs from Turing on: docker build -t inference/single_stage_detector .
+# Add --build-arg CUDA=12.6.3 for Volta to Hopper. Run the image with --gpus all, or without it on the CPU.
 ARG CUDA=13.0.2
 
 FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04 AS build
@@ -17,13 +17,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/ssd_fast /opt/ssd_fast
-# "video" brings the hardware decoder of JPEG in, which DALI silently does without
+# "video" gives DALI the hardware JPEG decoder; without it, DALI silently decodes elsewhere
 ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 WORKDIR /opt/ssd_fast
 RUN python tools/image_check.py inference
-# where users of the benchmark mount coco and pretrained
+# The folder in which users of the benchmark mount coco and pretrained
 WORKDIR /mlperf
 RUN ln -s /opt/ssd_fast/configs /opt/ssd_fast/run_and_time.sh .
 CMD ["ssd-fast", "--help"]

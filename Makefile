@@ -3,6 +3,7 @@
 # make horovod   Horovod, from its source against this PyTorch; a wheel is kept, so that the next time takes seconds
 # make slurm   as root, on Debian and its kin: Slurm, whose tests start a cluster of their own, and are skipped without it
 # make sanitize   the tests of the CPU operators under the compiler's sanitizers
+# make docs   the documents as a site, build/docs/index.html; a stale page or a broken link is an error
 # Each target makes .venv first when it is missing or when what it was made from has changed.
 
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ DEMO := output/demo
 SANITIZED := build/sanitized
 KERNEL_SOURCES := $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test horovod slurm sanitize lint clean install gpu-check
+.PHONY: demo test horovod slurm sanitize docs lint clean install gpu-check
 
 install: $(VENV)/installed
 
@@ -65,6 +66,15 @@ sanitize: install
 	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$preload"
 	$(BIN)/python -c 'import kernels; assert "SANITIZE" in kernels.cuda_build(), f"{kernels.__file__} is not sanitized"'
 	$(BIN)/pytest -n auto --capture=sys -p no:faulthandler tests/kernels/test_operators.py -k "not compiled_by_torch"
+
+docs: $(VENV)/docs
+	@$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
+	echo "look at build/docs/index.html"
+
+$(VENV)/docs: $(VENV)/installed docs/requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.lock
+	touch $@
 
 lint: install
 	@$(BIN)/ruff check .

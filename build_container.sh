@@ -6,8 +6,8 @@ usage() {
     cat <<END
 usage: build_container.sh [--cuda 12.6|13.0] [IMAGE]
 
-Builds Singularity.def into IMAGE (default: ssd_fast-cuda12.6.sif here), with Apptainer or Singularity. CUDA 12.6, the
-default, is for Volta (V100, C4140) to Hopper; 13.0 is for Turing to Hopper and what comes after.
+Builds Singularity.def into IMAGE (default: ssd_fast-cuda12.6.sif in this folder) with Apptainer or Singularity. CUDA
+12.6, the default, serves GPUs from Volta (V100, C4140) to Hopper; 13.0 serves Turing and everything after it.
 END
 }
 
@@ -33,10 +33,10 @@ case $cuda in
     *) fail "--cuda $cuda: expected 12.6 or 13.0" ;;
 esac
 image=$(realpath -m "${image:-ssd_fast-cuda$cuda.sif}")
-[[ ! -e $image ]] || fail "$image is there already: remove it, or name another"
+[[ ! -e $image ]] || fail "$image exists: remove it, or name another image"
 builder=$(command -v apptainer || command -v singularity) || fail "neither apptainer nor singularity is installed"
 
-cd "$(dirname "$0")" # the files of the definition are named from here
+cd "$(dirname "$0")" # the definition names its files relative to this folder
 definition=$(mktemp)
 trap 'rm -f "$definition"' EXIT
 sed "s|^From: .*|From: $base|" Singularity.def >"$definition"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Downloads COCO 2017. Sourced, it still is a process of its own, and changes nothing in the caller's shell.
+# Downloads COCO 2017. When sourced, it runs as a process of its own and leaves the caller's shell unchanged.
 if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
-    bash "${BASH_SOURCE[0]:-$0}" "$@" # in zsh, $0 is the file that is sourced
+    bash "${BASH_SOURCE[0]:-$0}" "$@" # in zsh, $0 is the sourced file
     return
 fi
 set -euo pipefail
@@ -16,14 +16,16 @@ usage() {
     cat <<END
 usage: [source] download_dataset.sh [--train] [DIR]
 
-Downloads COCO 2017 into DIR (default: coco): annotations/ and val2017/, which evaluation and the benchmark need, 1.1 GB
-to download; with --train also train2017/, 20.4 GB in all. Archives are checked, unpacked as a whole or not at all, and
-removed; archives that lie in DIR already are used. Called again, it goes on where it was interrupted, or ends at once.
-Sourced by a script that has arguments itself, name DIR: bash would hand on those.
+Downloads COCO 2017 into DIR (default: coco). annotations/ and val2017/ are 1.1 GB to download; evaluation and the
+benchmark need them. --train adds train2017/, 20.4 GB in all. An archive with the wrong MD5 is rejected and deleted, a
+right one is deleted once it is unpacked; a folder appears only when it is complete. Archives that are already in DIR are
+used. A repeated call resumes an interrupted download; a finished one exits at once.
+When a script with arguments of its own sources this one, it must name DIR: bash passes the script's arguments on.
 
-  SSD_FAST_COCO_URL        a mirror, default http://images.cocodataset.org
-  SSD_FAST_COCO_MANIFEST   a file that says what is there, such as a subset of your own: MD5, bytes, and path below the
-                           mirror. The archives have these names, and hold the folders annotations, val2017, train2017:
+  SSD_FAST_COCO_URL        mirror, default http://images.cocodataset.org
+  SSD_FAST_COCO_MANIFEST   file that lists the archives of the mirror, such as a subset of your own. Each line has MD5,
+                           bytes, and path below the mirror. The archives hold the folders annotations, val2017 and
+                           train2017, and have these names:
 $OFFICIAL
 END
 }
@@ -42,12 +44,13 @@ folder=$(realpath -m -- "${folder:-coco}")
 url=${SSD_FAST_COCO_URL:-http://images.cocodataset.org}
 manifest=$(read_manifest "${SSD_FAST_COCO_MANIFEST:-}" "$OFFICIAL" SSD_FAST_COCO_MANIFEST)
 
-# The folder that the archive $1 holds.
+# Prints the name of the folder in the archive $1.
 folder_of() { [[ $1 == annotations* ]] && echo annotations || echo "${1%.zip}"; }
 
 count_files() { find "$1" -type f ! -name .archive | wc -l; }
 
-# Whether the folder $1 is what the archive with the MD5 $2 holds. Fails if it is something else.
+# Succeeds when the folder $1 was unpacked from the archive with the MD5 $2, and returns 1 when there is no such folder.
+# Any other content ends the script.
 is_there() {
     local md5='' expected='' found
     [[ -e $1 ]] || return 1
@@ -57,7 +60,7 @@ is_there() {
     ((found == expected)) || fail "$1: expected $expected files, found $found: move this folder away"
 }
 
-# Unpacks the archive $1, which has the MD5 $2, as the folder $3.
+# Unpacks the archive $1, which has the MD5 $2, into the folder $3.
 unpack() {
     local name=${3##*/}
     mkdir -- "$work"
@@ -65,7 +68,7 @@ unpack() {
         unzip -q "$1" -d "$work" </dev/null
     else
         python3 -m zipfile -e "$1" "$work"
-    fi || fail "$1: cannot be unpacked; nothing was kept but the archive"
+    fi || fail "$1: cannot be unpacked; only the archive was kept"
     [[ -d $work/$name ]] || fail "$1: expected the folder $name in it, found $(ls -- "$work")"
     echo "$2 $(count_files "$work/$name")" >"$work/$name/.archive"
     mv -T -- "$work/$name" "$3"
@@ -75,16 +78,16 @@ unpack() {
 enter "$folder"
 work=$folder/.unpacking
 trap 'rm -rf -- "$work"' EXIT
-rm -rf -- "$work" # of a process that was killed
+rm -rf -- "$work" # left by a process that was killed
 
-# In the end there is all that is unpacked, and still the largest archive, which is the last.
+# The disk must hold all unpacked folders and the largest archive, which is the last one.
 missing=() unpacked=0 largest=0
 for archive in "${archives[@]}"; do
     line=$(line_of "$archive" "$manifest" "${SSD_FAST_COCO_MANIFEST:-}")
     read -r md5 bytes _ <<<"$line"
     ! is_there "$folder/$(folder_of "$archive")" "$md5" || continue
     missing+=("$archive")
-    # images do not shrink, and take whole blocks of the disk; annotations are text
+    # images do not shrink when zipped, and fill whole blocks of the disk; annotations are text
     [[ $archive == annotations* ]] && percent=350 || percent=103
     unpacked=$((unpacked + bytes * percent / 100))
     rest=$((bytes - $(size_of "$folder/$archive") - $(size_of "$folder/$archive.part")))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Downloads published weights. Sourced, it still is a process of its own, and changes nothing in the caller's shell.
+# Downloads published weights. When sourced, it runs as a process of its own and leaves the caller's shell unchanged.
 if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
-    bash "${BASH_SOURCE[0]:-$0}" "$@" # in zsh, $0 is the file that is sourced
+    bash "${BASH_SOURCE[0]:-$0}" "$@" # in zsh, $0 is the sourced file
     return
 fi
 set -euo pipefail
@@ -15,13 +15,14 @@ usage() {
     cat <<END
 usage: [source] download_model.sh [DIR]
 
-Downloads the weights of MLPerf Inference's detector at 1200x1200 into DIR (default: pretrained): $NAME
-of Zenodo's record $RECORD, some 80 MB, checked against the MD5 that Zenodo states in that record. It is a pickled module:
-ssd-fast reads the weights in it and runs none of its code. Called again, it goes on where it was interrupted, or ends at
-once. Sourced by a script that has arguments itself, name DIR: bash would hand on those.
+Downloads the weights of MLPerf Inference's detector at 1200x1200 into DIR (default: pretrained). The file is
+$NAME of Zenodo's record $RECORD, about 80 MB; a file whose MD5 differs from the one in that record is
+rejected and deleted. It is a pickled module: ssd-fast reads its weights and runs none of its code. A repeated call
+resumes an interrupted download; a finished one exits at once.
+When a script with arguments of its own sources this one, it must name DIR: bash passes the script's arguments on.
 
-  SSD_FAST_MODEL_URL        a mirror, default https://zenodo.org
-  SSD_FAST_MODEL_MANIFEST   a file that says in place of Zenodo what is there: MD5, bytes, and path below the mirror, as in
+  SSD_FAST_MODEL_URL        mirror, default https://zenodo.org
+  SSD_FAST_MODEL_MANIFEST   file that replaces Zenodo's record, with MD5, bytes, and path below the mirror:
                             0123456789abcdef0123456789abcdef 80000000 records/$RECORD/files/$NAME
 END
 }
@@ -34,15 +35,15 @@ esac
 folder=$(realpath -m -- "${1:-pretrained}")
 url=${SSD_FAST_MODEL_URL:-https://zenodo.org}
 
-# Zenodo's record as a manifest.
+# Prints Zenodo's record as a manifest.
 ask_zenodo() {
     local answer
-    [[ -n $(command -v python3) ]] || fail "python3 is not installed: it reads the record of Zenodo"
+    [[ -n $(command -v python3) ]] || fail "python3 is not installed: it is needed to read Zenodo's record"
     { answer=$(ask "$record") && python3 -c '
 import json, sys
 for file in json.loads(sys.argv[2])["files"]:
     print(file["checksum"].removeprefix("md5:"), file["size"], f"records/{sys.argv[1]}/files/" + file["key"])
-' "$RECORD" "$answer" 2>/dev/null; } || fail "$record: cannot be read; SSD_FAST_MODEL_MANIFEST can say what is there"
+' "$RECORD" "$answer" 2>/dev/null; } || fail "$record: cannot be read; SSD_FAST_MODEL_MANIFEST can replace it"
 }
 
 record=$url/api/records/$RECORD

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What download_dataset.sh and download_model.sh, which source this, have in common.
+# Functions that download_dataset.sh and download_model.sh share; they source this file.
 #
-# A manifest says what a server has, one file a line: MD5, size in bytes, and path below the server's base URL.
+# A manifest lists the files of a server, one per line: MD5, size in bytes, and path below the server's base URL.
 
 program=${0##*/}
 
@@ -18,7 +18,7 @@ md5_of() { md5sum <"$1" | cut -c -32; }
 
 in_mb() { echo "$((($1 + 999999) / 1000000)) MB"; }
 
-# The manifest in the file $1, or $2 where none is named. $3 is the variable that names it.
+# Prints the manifest in the file $1, or $2 where $1 is empty. $3 is the variable that names the file.
 read_manifest() {
     if [[ -z $1 ]]; then
         echo "$2"
@@ -27,7 +27,7 @@ read_manifest() {
     fi
 }
 
-# The line of the manifest $2, from $3, for the file of the name $1.
+# Prints the line for the file named $1 from the manifest $2. $3 names the manifest in errors.
 line_of() {
     local found
     found=$(awk -v name="$1" '{ n = split($3, parts, "/") } parts[n] == name { print; exit }' <<<"$2")
@@ -36,12 +36,12 @@ line_of() {
     echo "$found"
 }
 
-# Sets downloader, the path of curl or wget.
+# Sets downloader to the path of curl or wget.
 find_downloader() {
     downloader=$(command -v curl || command -v wget) || fail "neither curl nor wget is installed: one of them is needed"
 }
 
-# Makes the folder $1, for this process alone as long as it lives.
+# Creates the folder $1, and locks it until this process ends.
 enter() {
     mkdir -p -- "$1"
     exec {lock}<"$1"
@@ -52,10 +52,10 @@ enter() {
 require_space() {
     local free
     free=$(df -B1 --output=avail -- "$1" | tail -n 1)
-    ((free >= $2)) || fail "$1: $(in_mb "$2") are needed, $(in_mb "$free") are free"
+    ((free >= $2)) || fail "$1: expected $(in_mb "$2") of free disk space, found $(in_mb "$free")"
 }
 
-# Writes to standard output what the URL $1 gives.
+# Prints the answer of the URL $1.
 ask() {
     if [[ $downloader == *curl ]]; then
         curl --silent --show-error --fail --location --max-time 60 "$1"
@@ -64,7 +64,7 @@ ask() {
     fi
 }
 
-# Continues the file $2 from the URL $1; a connection on which nothing comes for a minute is given up.
+# Continues the file $2 from the URL $1. A connection that stays silent for a minute is closed.
 transfer() {
     local quiet=()
     if [[ $downloader == *curl ]]; then
@@ -77,8 +77,8 @@ transfer() {
     fi
 }
 
-# The file $1 from the URL $2, with the MD5 $3 and $4 bytes. It grows as $1.part, where the next try and the next call go
-# on, and has its name when it is whole and right. What is whole and wrong is removed.
+# Downloads the file $1, with the MD5 $3 and $4 bytes, from the URL $2. It grows as $1.part, which the next try and the
+# next call continue, and gets its name when it is complete. A complete file with the wrong MD5 is deleted.
 fetch() {
     local file=$1 url=$2 md5=$3 bytes=$4 part=$1.part before status try is_fresh=0
     if [[ -e $file ]]; then
@@ -98,18 +98,18 @@ fetch() {
                 return
             fi
             rm -f -- "$part"
-            ((!is_fresh)) || fail "$url: expected the MD5 $md5, something else came; it was removed"
+            ((!is_fresh)) || fail "$url: expected the MD5 $md5, got another file; it was deleted"
             is_fresh=1
-            say "an earlier call left a part of something else: starting afresh"
-        elif [[ $downloader == *curl ]] && ((status == 33)); then # this server does not continue files
+            say "$part belongs to another file: starting again"
+        elif [[ $downloader == *curl ]] && ((status == 33)); then # this server cannot resume
             rm -f -- "$part"
             is_fresh=1
         elif (($(size_of "$part") > before)); then
-            say "interrupted after $(in_mb "$(size_of "$part")"): going on"
+            say "interrupted after $(in_mb "$(size_of "$part")"): resuming"
         else
             break
         fi
     done
     [[ -s $part ]] || rm -f -- "$part"
-    fail "$url: the download failed, at try $try (${downloader##*/}: status $status); the same call goes on from here"
+    fail "$url: the download failed at try $try (${downloader##*/}: status $status); repeat the call to resume"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the inference benchmark on COCO's val2017 and says whether it reaches the target.
+# Runs the inference benchmark on COCO's val2017, and reports whether it reaches the target mAP.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
@@ -7,15 +7,15 @@ usage() {
     cat <<END
 usage: run_and_time.sh [SEED] [TARGET] [OPTION...]
 
-Evaluates the detector at 1200x1200 and prints where the time went, COCO's twelve numbers and whether the mAP reaches
-TARGET (default: 0.20). It runs on the GPU, or on the CPU where there is none. Nothing in it is random: SEED (default: 1)
-names a copy of what is printed, run.log.SEED. OPTIONs are those of ssd-fast evaluate, such as --only-annotated or
---set training.precision=fp16.
+Evaluates the detector at 1200x1200 on the GPU, or on the CPU where there is none. It prints where the time went, COCO's
+twelve numbers, and whether the mAP reaches TARGET (default: 0.20). OPTIONs go to ssd-fast evaluate, such as
+--only-annotated or --set training.precision=fp16. A copy of the output goes to run.log.SEED (default: 1). SEED is only a
+name, as nothing in an evaluation is random.
 
-  DATASET_DIR   folder in COCO's layout, default coco
-  CHECKPOINT    weights, default pretrained/resnet34-ssd1200.pytorch or, where that is not, .pth
-  CONFIG        recipe, default configs/ssd1200.toml beside this script; empty, the checkpoint's own
-  BATCH_SIZE    images at a time, default the recipe's
+  DATASET_DIR   folder in COCO's layout; default coco
+  CHECKPOINT    weights; default pretrained/resnet34-ssd1200.pytorch, or the .pth of the same name
+  CONFIG        recipe; default configs/ssd1200.toml beside this script; empty for the checkpoint's own
+  BATCH_SIZE    number of images in a batch; default the recipe's
 
 Exit status: 0 if the target is reached, 1 if it is not, 2 for an error.
 END
@@ -40,7 +40,7 @@ config=${CONFIG-$here/configs/ssd1200.toml}
 [[ -f $checkpoint ]] || fail "$checkpoint: no such file: expected weights (./download_model.sh), or CHECKPOINT to name them"
 
 ssd_fast=$here/.venv/bin/ssd-fast
-[[ -x $ssd_fast ]] || ssd_fast=$(command -v ssd-fast) || fail "ssd-fast is not installed: expected after make install"
+[[ -x $ssd_fast ]] || ssd_fast=$(command -v ssd-fast) || fail "ssd-fast is not installed: run make install"
 log=run.log.$seed
 : >"$log" || fail "$PWD/$log: cannot be written"
 

@@ -36,7 +36,8 @@ from torchvision_training import (
 from dali_pipelines.synthetic import SyntheticTrainLoader
 from ssd_fast.config import Config
 from ssd_fast.data.loaders import load_sets, make_train_loader
-from ssd_fast.distributed.world import World, launched_by_slurm
+from ssd_fast.distributed.slurm import launched_by_slurm
+from ssd_fast.distributed.world import World
 from ssd_fast.files import write_atomically
 from ssd_fast.hardware import compute_dtype, device_name, input_threads, usable_cores
 from ssd_fast.model.anchors import model_anchors

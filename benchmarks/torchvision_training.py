@@ -18,10 +18,10 @@ from torchvision.models.detection import ssd
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
-from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, LabelledImages
+from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Augmentation, LabelledImages
 from kernels.boxes import cxcywh_to_ltrb
 from kernels.constants import CENTRE_VARIANCE, NEGATIVES_PER_POSITIVE, SIZE_VARIANCE
-from ssd_fast.config import AugmentationConfig, OptimizerConfig
+from ssd_fast.config import OptimizerConfig
 from ssd_fast.model.ssd import SSD
 
 PREFETCHED_PER_WORKER = 2  # batches; the DataLoader's default
@@ -44,7 +44,7 @@ class PeerBatch(NamedTuple):
 class PeerDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Augmented images of a set, without the images that have no boxes."""
 
-    def __init__(self, images: LabelledImages, augmentation: AugmentationConfig, image_size: int) -> None:
+    def __init__(self, images: LabelledImages, augmentation: Augmentation, image_size: int) -> None:
         self._images = images
         self._with_boxes = np.flatnonzero(np.diff(images.offsets))
         # Differences to our pipeline: an option's IoU must hold for one box of the image, ours for all. The range of

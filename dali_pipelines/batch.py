@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:  # a process that only reads annotations starts without torch
     from torch import Tensor
@@ -16,56 +16,54 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Random changes of training images: the crop of SSD, changes of colour, and a flip. The defaults are SSD's.
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
-    Raises ValueError for a value outside its range; the message begins with the field's name.
-    """
 
-    crop_min_ious: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-    """Options of the crop, each as likely as the others: the IoU, 0 to 1, that the crop has at least with every box it
-    keeps. 0 allows any crop."""
+class Augmentation(BaseModel):
+    """Random changes of training images: SSD crop, colour changes, flip. It is a section of the recipe."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+    crop_min_ious: tuple[Fraction, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+    """Options of the crop, drawn with equal chance: every box that is kept overlaps the crop by at least this IoU; 0 is
+    no condition."""
     crop_allow_none: bool = True
-    """Whether "no crop" is one more option, as likely as each of crop_min_ious."""
-    crop_sides: tuple[float, float] = (0.3, 1.0)
-    """Range of the crop's width and height, fractions of the image's."""
-    crop_aspect: tuple[float, float] = (0.5, 2.0)
-    """Range of the crop's width / height, both taken as fractions of the image's; above 0."""
-    crop_attempts: int = 1
-    """Crops tried before another option is drawn, at least 1. After 1000 options without success (possible only if
-    crop_allow_none is false) the best crop found is used; it may hold no box."""
-    brightness: tuple[float, float] = (0.875, 1.125)
-    """Range of the brightness factor, above 0."""
-    contrast: tuple[float, float] = (0.5, 1.5)
-    """Range of the contrast factor, above 0."""
-    saturation: tuple[float, float] = (0.5, 1.5)
-    """Range of the saturation factor, above 0."""
-    hue_degrees: float = 18.0
-    """Largest rotation of the hue in either direction, degrees, 0 to 180."""
-    flip_probability: float = 0.5
-    """Probability of a horizontal flip, 0 to 1."""
+    """Make "no crop" one more option, as likely as each of crop_min_ious."""
+    crop_sides: tuple[Fraction, Fraction] = (0.3, 1.0)
+    """Range of the crop's width and height, as fractions of the image's."""
+    crop_aspect: Range = (0.5, 2.0)
+    """Range of the crop's aspect: width / height, both as fractions of the image's."""
+    crop_attempts: Annotated[int, Field(gt=0)] = 1
+    """Crops tried for an option before another option is drawn. After 1,000 options without success, which can happen
+    only without "no crop", the best crop found is used; it may hold no box."""
+    brightness: Range = (0.875, 1.125)
+    """Range of the brightness factor."""
+    contrast: Range = (0.5, 1.5)
+    """Range of the contrast factor."""
+    saturation: Range = (0.5, 1.5)
+    """Range of the saturation factor."""
+    hue_degrees: Annotated[float, Field(ge=0, le=180)] = 18.0
+    """Largest rotation of the hue in either direction, degrees."""
+    flip_probability: Fraction = 0.5
+    """Chance of a horizontal flip."""
 
-    def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Raise ValueError if a value lies outside its range."""
-        min_ious = self.crop_min_ious
-        _require(all(0 <= iou <= 1 for iou in min_ious), f"crop_min_ious = {list(min_ious)}", "values from 0 to 1")
-        if not self.crop_allow_none:
-            _require(len(min_ious) > 0, "crop_min_ious = [] with crop_allow_none = false", "at least one option")
-        for name in ("crop_sides", "crop_aspect", "brightness", "contrast", "saturation"):
-            low, high = getattr(self, name)
-            found = f"{name} = [{low:g}, {high:g}]"
-            _require(low <= high, found, "[low, high] with low <= high")
-            if name == "crop_sides":
-                _require(low >= 0 and high <= 1, found, "fractions from 0 to 1")
-            else:
-                _require(low > 0, found, "factors above 0")
-        _require(self.crop_attempts >= 1, f"crop_attempts = {self.crop_attempts}", "at least 1")
-        _require(0 <= self.hue_degrees <= 180, f"hue_degrees = {self.hue_degrees:g}", "0 to 180")
-        _require(0 <= self.flip_probability <= 1, f"flip_probability = {self.flip_probability:g}", "0 to 1")
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        for key in ("crop_sides", "crop_aspect", "brightness", "contrast", "saturation"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key} = [{low:g}, {high:g}]: expected [low, high] with low <= high")
+        if not self.crop_min_ious and not self.crop_allow_none:
+            raise ValueError("crop_min_ious = [] with crop_allow_none = false: expected at least one option")
+        return self
 
 
 class LabelledImages(NamedTuple):
@@ -115,8 +113,3 @@ class EvalBatch(NamedTuple):
     images: Tensor
     image_ids: Tensor
     sizes_hw: Tensor
-
-
-def _require(holds: bool, found: str, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{found}: expected {expected}")

@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ssd_fast.config import Config, DistributedConfig
+from ssd_fast import exit_status
+from ssd_fast.loadgen.settings import Scenario
 from ssd_fast.recipe import load_config
-
-NOT_REACHED = 3  # exit status of `evaluate --target`; 1 is an error, 2 a mistyped command
 
 # Verbs import what they need when they run: help and a mistyped recipe do not wait for torch.
 
@@ -28,10 +27,14 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
 ]
 OwnConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Recipe (TOML); left out, the checkpoint's own.", show_default=False)
+    Path | None, typer.Option("--config", help="Recipe (TOML) in place of the checkpoint's own.", show_default=False)
 ]
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="Checkpoint, or weights of the MLPerf reference.", show_default=False)
+]
+AnnotationsOption = Annotated[
+    Path | None,
+    typer.Option(help="COCO JSON with class names, which weights of the MLPerf reference need.", show_default=False),
 ]
 
 
@@ -48,13 +51,14 @@ def train(
     """Train a detector; checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
+    from ssd_fast.distributed import slurm
     from ssd_fast.distributed import world as distributed
     from ssd_fast.training.run import train as train_run
 
     with distributed.connect(recipe.distributed) as world:
         outcome = train_run(recipe, data, output, resume=resume, world=world)
     if outcome.stopped_by:
-        raise typer.Exit(0 if distributed.launched_by_slurm() else 128 + outcome.stopped_by)
+        raise typer.Exit(0 if slurm.launched_by_slurm() else 128 + outcome.stopped_by)
     if not world.is_main:
         return
     target = recipe.evaluation.target_map
@@ -71,107 +75,80 @@ def evaluate(
         Path | None, typer.Option(help="JSON file for the detections, in COCO's result format.", show_default=False)
     ] = None,
     per_class: Annotated[
-        bool, typer.Option("--per-class", help="Print the average precision of each class, too.")
+        bool, typer.Option("--per-class", help="Also print the average precision of each class.")
     ] = False,
     only_annotated: Annotated[
-        bool, typer.Option("--only-annotated", help="Leave images without annotations out, as the MLPerf reference.")
+        bool, typer.Option("--only-annotated", help="Skip images without annotations, like the MLPerf reference.")
     ] = False,
-    with_timing: Annotated[bool, typer.Option("--timing", help="Print where the time went, too.")] = False,
+    with_timing: Annotated[bool, typer.Option("--timing", help="Also print where the time went.")] = False,
     target: Annotated[
         float | None,
         typer.Option(
-            min=-1, max=1, help=f"COCO mAP to reach, else the exit status is {NOT_REACHED}.", show_default=False
+            min=-1,
+            max=1,
+            help=f"COCO mAP to reach; a lower one gives exit status {exit_status.NOT_REACHED}.",
+            show_default=False,
         ),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Score a detector on the validation images: COCO's twelve numbers."""
+    """Print COCO's twelve numbers of a detector on the validation images."""
     start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
 
-    from ssd_fast import hardware, progress, timing
-    from ssd_fast.data import coco as dataset
-    from ssd_fast.data import loaders
-    from ssd_fast.distributed import world as distributed
+    from ssd_fast import progress
     from ssd_fast.evaluation import coco_eval
-    from ssd_fast.evaluation import detector as inference
+    from ssd_fast.evaluation import evaluate as evaluation
 
     progress.setup_logging(None)
-    with distributed.connect(given.distributed if given else DistributedConfig()) as world:
-        device = world.device()
-        categories = dataset.read_categories(data / given.data.val_annotations) if given else None
-        detector, recipe = inference.load_detector(
-            checkpoint, device, config=given, overrides=overrides or (), categories=categories
-        )
-        val_set = dataset.load_coco(
-            data / recipe.data.val_annotations,
-            data / recipe.data.val_images,
-            only_annotated=only_annotated,
-            bad_images=recipe.data.bad_images,
-            bad_boxes=recipe.data.bad_boxes,
-        )
-        loader = loaders.make_eval_loader(recipe, val_set.images, device, world=world)
-        timeline = timing.Timeline(device, start_s)
-        timeline.settle("load")
-        batches = progress.track(loader, "evaluating", total=len(loader))
-        table = detector.detect_set(batches, val_set, world, timeline)
-        timeline.settle("collecting")
-    if not world.is_main:
+    found = evaluation.evaluate(
+        checkpoint, data, config=given, overrides=overrides or (), only_annotated=only_annotated, start_s=start_s
+    )
+    if found is None:
         return
-    category_ids = detector.category_ids_in(val_set).tolist()
-    scores = coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)
-    timeline.settle("scoring")
     if output is not None:
-        coco_eval.write_results(table, output)
+        coco_eval.write_results(found.table, output)
     if with_timing:
-        size = recipe.model.image_size
-        name, dtype = hardware.device_name(device, world.cores), str(detector.dtype).removeprefix("torch.")
-        print(f"{name}, {dtype}, {size} x {size} pixels")
-        report = timing.format_report(
-            timeline.parts(), num_images=len(val_set.images.file_names), batch_size=recipe.evaluation.batch_size
-        )
-        print(report, end="\n\n")
-    print(coco_eval.format_scores(scores, per_class=per_class))
+        print(evaluation.format_timing(found), end="\n\n")
+    print(coco_eval.format_scores(found.scores, per_class=per_class))
     if target is not None:
-        reached = scores.map >= target
-        print(f"mAP {scores.map:.5f}, target {target:g}: {'reached' if reached else 'not reached'}")
-        raise typer.Exit(0 if reached else NOT_REACHED)
+        reached = found.scores.map >= target
+        print(f"mAP {found.scores.map:.5f}, target {target:g}: {'reached' if reached else 'not reached'}")
+        raise typer.Exit(0 if reached else exit_status.NOT_REACHED)
 
 
 @app.command()
 def detect(
-    images: Annotated[list[Path], typer.Argument(help="Images, folders of them, or patterns.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, folders of images, or patterns.", show_default=False)
+    ],
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="Folder for annotated copies and detections.json.", show_default=False)],
     config: OwnConfigOption = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(help="COCO JSON with the class names, for weights of the MLPerf reference.", show_default=False),
-    ] = None,
+    annotations: AnnotationsOption = None,
     drawn_score: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw detections of at least this probability.")
+        float, typer.Option(min=0, max=1, help="Lowest probability of a detection that is drawn.")
     ] = 0.3,
     overrides: SetOption = None,
 ) -> None:
-    """Detect objects on images: annotated copies and one JSON file."""
+    """Detect objects on images; write annotated copies and one JSON file."""
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress, timing
-    from ssd_fast.data import coco as dataset
-    from ssd_fast.distributed import world as distributed
-    from ssd_fast.evaluation import detector as inference
-    from ssd_fast.evaluation.predict import detect_images
+    from ssd_fast.evaluation.predict import detect_files
 
     progress.setup_logging(None)
-    device = distributed.World().device()
-    categories = dataset.read_categories(annotations) if annotations else None
-    detector, recipe = inference.load_detector(
-        checkpoint, device, config=given, overrides=overrides or (), categories=categories
+    found = detect_files(
+        checkpoint,
+        images,
+        output,
+        config=given,
+        overrides=overrides or (),
+        annotations=annotations,
+        drawn_score=drawn_score,
     )
-    found = dataset.find_images(images, bad_images=recipe.data.bad_images)
-    timeline = detect_images(detector, recipe, found, output, device=device, drawn_score=drawn_score)
-    print(timing.format_line(timeline.parts(), num_images=len(found.file_names)))
-    print(f"{len(found.file_names)} images: annotated copies and detections.json are in {output}")
+    print(timing.format_line(found.parts, num_images=found.num_images))
+    print(f"{found.num_images} images: annotated copies and detections.json are in {output}")
 
 
 @app.command()
@@ -179,272 +156,217 @@ def export(
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="ONNX file to write.", show_default=False)],
     config: OwnConfigOption = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(help="COCO JSON with the class names, for weights of the MLPerf reference.", show_default=False),
-    ] = None,
+    annotations: AnnotationsOption = None,
     with_decode: Annotated[
-        bool, typer.Option("--with-decode", help="With decoding and non-maximum suppression: detections come out.")
+        bool,
+        typer.Option(
+            "--with-decode", help="Include decoding and non-maximum suppression, so that the outputs are detections."
+        ),
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Write a detector as ONNX; where onnxruntime is installed, compare it with PyTorch before."""
+    """Write a detector as ONNX; before that, compare it with PyTorch if onnxruntime is installed."""
     given = load_config(config, overrides or ()) if config else None
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: expected a file in a folder that exists")
 
-    import torch
+    from ssd_fast.evaluation.export import export_onnx
 
-    from ssd_fast import files
-    from ssd_fast.data import coco as dataset
-    from ssd_fast.evaluation import detector as inference
-    from ssd_fast.evaluation.export import check_onnx, to_onnx
-
-    categories = dataset.read_categories(annotations) if annotations else None
-    detector, _ = inference.load_detector(
-        checkpoint, torch.device("cpu"), config=given, overrides=overrides or (), categories=categories
+    made = export_onnx(
+        checkpoint, output, config=given, overrides=overrides or (), annotations=annotations, with_decode=with_decode
     )
-    content = to_onnx(detector, with_decode=with_decode)
-    checked = check_onnx(content, detector, with_decode=with_decode)
-    files.write_atomically(output, content)
-    print(f"{output}: {len(content) / 1e6:.1f} MB; {checked or 'not compared with PyTorch: onnxruntime is missing'}")
+    agreement = made.agreement or "not compared with PyTorch: onnxruntime is missing"
+    print(f"{output}: {made.num_bytes / 1e6:.1f} MB; {agreement}")
 
 
 class Stage(enum.StrEnum):
-    """What `profile` can measure."""
+    """Stages that `profile` can measure."""
 
     ALL = "all"
     INPUT = "input"
     STEP = "step"
     BOTH = "both"
     EVALUATION = "evaluation"
-    KERNELS = "kernels"
 
 
 @app.command()
 def profile(
     config: Annotated[
-        list[Path] | None, typer.Option(help="Recipe (TOML); --stage kernels takes several.", show_default=False)
+        Path | None, typer.Option(help="Recipe (TOML); left out, two profiles are compared.", show_default=False)
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Data folder in COCO's layout; step and kernels do without.", show_default=False),
+        Path | None, typer.Option(help="Data folder in COCO's layout; --stage step needs none.", show_default=False)
     ] = None,
-    stage: Annotated[Stage, typer.Option(help="What to measure.")] = Stage.ALL,
+    stage: Annotated[Stage, typer.Option(help="Stage to measure.")] = Stage.ALL,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for report.html, profile.json and traces (or kernels.json).", show_default=False),
+        Path | None, typer.Option(help="Folder for report.html, profile.json and traces.", show_default=False)
     ] = None,
     compare: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Earlier profile (its folder or profile.json) to compare with; two: compare these.", show_default=False
+            help="Earlier profile (its folder or profile.json) to compare with; may be given twice without --config.",
+            show_default=False,
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Whose weights to take; left out, random ones, which detect nothing.", show_default=False),
+        Path | None, typer.Option(help="Detector to use; left out, random weights.", show_default=False)
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each stage; at least six steps are taken.")] = 10.0,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="kernels: images at a time; left out, 8 on a CPU, 128 (32) on a GPU.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="kernels: calls of each; fewer of slow ones.")] = 20,
     overrides: SetOption = None,
 ) -> None:
-    """Find out what bounds the throughput: input, step, both, evaluation; or time the operators beside others."""
-    recipes = [load_config(path, overrides or ()) for path in config or ()]
+    """Find what bounds the throughput: the input, the step, both together, or the evaluation."""
     compared = compare or []
-    if len(compared) > 2:
-        raise ValueError("--compare: expected one earlier profile, or two to be compared with each other")
-    if not recipes and (len(compared) < 2 or stage is Stage.KERNELS):
+    if config is None and len(compared) != 2:
         raise ValueError("expected --config, or two profiles to --compare")
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--output {output}: expected a folder, or a new one in a folder that exists")
-    if stage is Stage.KERNELS:
-        _profile_kernels(recipes, batch_size, repeats, output)
-        return
-    if len(recipes) > 1 or (recipes and len(compared) == 2):
-        raise ValueError("--config: expected one recipe (--stage kernels takes several), or none for two to --compare")
-    if recipes and data is None and stage is not Stage.STEP:
-        raise ValueError(f"--stage {stage}: expected --data; --stage step does without")
-    _profile_training(recipes, config or [], data, stage, output, compared, checkpoint, seconds)
+    if config is not None and len(compared) > 1:
+        raise ValueError("--compare: expected one earlier profile with --config, or two without")
+    if config is not None and data is None and stage is not Stage.STEP:
+        raise ValueError(f"--stage {stage}: expected --data; --stage step needs none")
+    _check_folder(output)
+    recipe = load_config(config, overrides or ()) if config else None
 
-
-def _profile_training(
-    recipes: list[Config],
-    paths: list[Path],
-    data: Path | None,
-    stage: Stage,
-    output: Path | None,
-    compare: list[Path],
-    checkpoint: Path | None,
-    seconds: float,
-) -> None:
-    from ssd_fast import files, progress
+    from ssd_fast import progress
     from ssd_fast.distributed import world as distributed
-    from ssd_fast.profiling import profile as profile_model
-    from ssd_fast.profiling import profiler as profile
-    from ssd_fast.profiling import report as profile_report
+    from ssd_fast.profiling import report
+    from ssd_fast.profiling.profile import STAGES_OF_OPTION, read_profile
 
     progress.setup_logging(None)
-    earlier = [profile_model.read_profile(path) for path in compare]
-    if not recipes:
-        print(profile_report.compare_profiles(*earlier))
+    earlier = [read_profile(path) for path in compared]
+    if config is None or recipe is None:
+        print(report.format_comparison(*earlier))
         return
-    stages = {
-        Stage.INPUT: [profile_model.INPUT_ALONE],
-        Stage.STEP: [profile_model.STEP_ALONE],
-        Stage.BOTH: [profile_model.STEP_ALONE, profile_model.BOTH],
-        Stage.EVALUATION: [profile_model.EVALUATION],
-    }.get(stage, list(profile_model.STAGES))
-    with distributed.connect(recipes[0].distributed) as world:
+
+    from ssd_fast.profiling.profiler import profile_run, write_files
+
+    before = earlier[0] if earlier else None
+    with distributed.connect(recipe.distributed) as world:
         if output is not None and world.is_main:
             output.mkdir(exist_ok=True)
-        profiler = profile.Profiler(recipes[0], data, world, seconds=seconds, checkpoint=checkpoint)
-        measured = profiler.profile(stages, recipe=paths[0].name)
+        measured = profile_run(
+            recipe,
+            data,
+            world,
+            recipe=config.name,
+            stages=STAGES_OF_OPTION[stage],
+            seconds=seconds,
+            checkpoint=checkpoint,
+        )
     if world.is_main:
-        print(profile_report.format_profile(measured))
-        if earlier:
-            print("\n" + profile_report.compare_profiles(earlier[0], measured))
-    if output is not None and profiler.trace:
-        files.write_atomically(output / f"trace_rank{world.rank}.json.gz", profiler.trace)
-    if not world.is_main:
-        return
+        print(report.format_profile(measured.profile))
+        if before:
+            print("\n" + report.format_comparison(before, measured.profile))
     if output is not None:
-        files.write_atomically(output / "profile.json", measured.model_dump_json(indent=1).encode())
-        page = profile_report.to_html(measured, earlier[0] if earlier else None)
-        files.write_atomically(output / "report.html", page.encode())
-        print(f"\n{output}: report.html, profile.json, and traces for https://ui.perfetto.dev")
+        write_files(output, measured, world.rank, before)
+        if world.is_main:
+            print(f"\n{output}: report.html, profile.json, and traces for https://ui.perfetto.dev")
 
 
-def _profile_kernels(recipes: list[Config], batch_size: int | None, repeats: int, output: Path | None) -> None:
-    from ssd_fast import files
+@app.command()
+def operators(
+    config: Annotated[
+        list[Path], typer.Option(help="Recipe (TOML) whose anchors are used; may be repeated.", show_default=False)
+    ],
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; left out, 8 on a CPU, 128 or 32 on a GPU.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each implementation; slow ones get fewer.")] = 20,
+    output: Annotated[Path | None, typer.Option(help="Folder for operators.json.", show_default=False)] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Time the operators beside their plain versions and beside what one would use in their place."""
+    recipes = [load_config(path, overrides or ()) for path in config]
+    _check_folder(output)
+
+    from ssd_fast import files, progress
     from ssd_fast.distributed import world as distributed
-    from ssd_fast.profiling import operators as kernel_profile
+    from ssd_fast.profiling.operators import format_operators, profile_operators
 
-    environment, measured = kernel_profile.profile_kernels(
-        recipes, distributed.World().device(), batch_size=batch_size, repeats=repeats
-    )
-    print(kernel_profile.format_environment(environment), kernel_profile.format_header(), sep="\n\n")
-    rows = []
-    for row in measured:
-        print(kernel_profile.format_row(row), flush=True)
-        rows.append(row)
-    print("\n" + kernel_profile.format_legend())
+    progress.setup_logging(None)
+    measured = profile_operators(recipes, distributed.World().device(), batch_size=batch_size, repeats=repeats)
+    print(format_operators(measured))
     if output is not None:
         output.mkdir(exist_ok=True)
-        files.write_atomically(output / "kernels.json", kernel_profile.to_json(environment, rows).encode())
+        files.write_atomically(output / "operators.json", measured.to_json().encode())
+
+
+def _check_folder(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: expected a folder, or a new one in a folder that exists")
 
 
 @app.command()
 def scaling(
-    timeline: Annotated[Path, typer.Option(help="What HOROVOD_TIMELINE named in a run.", show_default=False)],
-    cluster: Annotated[str, typer.Option(help="Whose figures to assume: c4140, dgx_a100 or h200.")] = "c4140",
+    timeline: Annotated[Path, typer.Option(help="File that HOROVOD_TIMELINE named in a run.", show_default=False)],
+    cluster: Annotated[str, typer.Option(help="Cluster to assume: c4140, dgx_a100 or h200.")] = "c4140",
+    recipes: Annotated[Path, typer.Option(help="Folder with the recipes of the cluster.")] = Path("configs"),
     run: Annotated[
         list[str] | None,
-        typer.Option("--run", metavar="GPUSxBATCH", help="GPUs and images per GPU, in place of the cluster's own."),
+        typer.Option(metavar="GPUSxBATCH", help="GPUs and images per GPU in place of the cluster's own; repeatable."),
     ] = None,
     fp16_compression: Annotated[
-        bool, typer.Option("--fp16-compression", help="With gradients of 2 bytes per element.")
+        bool, typer.Option("--fp16-compression", help="Assume gradients of 2 bytes per element.")
     ] = False,
     assume: Annotated[
-        list[str] | None,
-        typer.Option("--assume", metavar="FIGURE=VALUE", help="Another value of an assumed figure; may be repeated."),
+        list[str] | None, typer.Option(metavar="FIGURE=VALUE", help="Replace an assumed figure; may be repeated.")
     ] = None,
 ) -> None:
-    """Estimate what many GPUs reach, and which term limits them, from gradients measured in a small run."""
+    """Estimate the speed of many GPUs, and the term that limits it, from gradients measured in a small run."""
     from ssd_fast.profiling import scaling as model
 
-    if cluster not in model.CLUSTERS:
-        raise ValueError(f"--cluster {cluster}: expected one of {', '.join(model.CLUSTERS)}")
-    assumed = model.change_cluster(model.CLUSTERS[cluster], assume or ())
+    assumed = model.change_cluster(model.load_cluster(cluster, recipes), assume or ())
     runs = [model.parse_run(text) for text in run or ()] or assumed.runs
-    measured = model.measure(model.read_timeline(timeline))
-    size = 2 if fp16_compression else 4
-    print(model.format_measured(measured))
-    print(model.format_assumed(assumed, bytes_per_element=size))
-    print(model.format_table(assumed, runs, measured.gradients, bytes_per_element=size))
-
-
-class Scenario(enum.StrEnum):
-    """MLPerf's scenarios, by LoadGen's names."""
-
-    OFFLINE = "Offline"
-    SINGLE_STREAM = "SingleStream"
-    SERVER = "Server"
-    MULTI_STREAM = "MultiStream"
+    print(model.format_scaling(timeline, assumed, runs, bytes_per_element=2 if fp16_compression else 4))
 
 
 @app.command()
 def benchmark(
-    scenario: Annotated[Scenario, typer.Option(help="What LoadGen measures.", show_default=False)],
+    scenario: Annotated[Scenario, typer.Option(help="Scenario of MLPerf Inference.", show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder for LoadGen's logs.", show_default=False)],
     config: OwnConfigOption = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint, or weights of the MLPerf reference; left out, random weights.", show_default=False
+            help="Checkpoint, or weights of the MLPerf reference. Default: random weights.", show_default=False
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Data folder in COCO's layout; left out, random images.", show_default=False),
+        typer.Option(help="Data folder in COCO's layout. Default: random images.", show_default=False),
     ] = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Detect every image, and score what LoadGen logs.")
+        bool, typer.Option("--accuracy", help="Detect on every image once and score the detections in LoadGen's log.")
     ] = False,
     find_load: Annotated[
-        bool, typer.Option("--find-load", help="Search for the highest load of Server, from benchmark.server_qps up.")
+        bool,
+        typer.Option("--find-load", help="Search for the highest load of Server, starting at benchmark.server_qps."),
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Measure a detector with MLPerf LoadGen; the exit status is 1 if the result is not valid."""
+    """Measure a detector with MLPerf LoadGen; an invalid result gives exit status 1."""
     if accuracy and (data is None or checkpoint is None):
-        raise ValueError("--accuracy: expected --data and --checkpoint, too")
+        raise ValueError("--accuracy: expected --data and --checkpoint with it")
     if find_load and (accuracy or scenario is not Scenario.SERVER):
         raise ValueError("--find-load: expected --scenario Server without --accuracy")
     given = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress
-    from ssd_fast.data import coco as dataset
-    from ssd_fast.distributed import world as distributed
     from ssd_fast.evaluation import coco_eval
-    from ssd_fast.evaluation import detector as inference
-    from ssd_fast.loadgen import run as loadgen
+    from ssd_fast.loadgen import logs
+    from ssd_fast.loadgen.run import benchmark as run_benchmark
 
     progress.setup_logging(None)
-    device = distributed.World().device()
-    categories = dataset.NUMBERED_CATEGORIES
-    if data is not None and given is not None:
-        categories = dataset.read_categories(data / given.data.val_annotations)
-    if checkpoint is not None:
-        detector, recipe = inference.load_detector(
-            checkpoint, device, config=given, overrides=overrides or (), categories=categories
-        )
-    elif given is not None:
-        detector, recipe = inference.make_random_detector(given, categories, device), given
-    else:
-        raise ValueError("expected --checkpoint, or --config for a network of random weights")
-    val_set = None
-    if data is not None:
-        val_set = dataset.load_coco(
-            data / recipe.data.val_annotations,
-            data / recipe.data.val_images,
-            bad_images=recipe.data.bad_images,
-            bad_boxes=recipe.data.bad_boxes,
-        )
-    mode: loadgen.Mode = "accuracy" if accuracy else "find-load" if find_load else "performance"
-    measured = loadgen.run(
-        detector, recipe, scenario=scenario.value, mode=mode, coco_set=val_set, output=output, device=device
+    measured = run_benchmark(
+        checkpoint,
+        data,
+        output,
+        scenario=scenario,
+        mode="accuracy" if accuracy else "find-load" if find_load else "performance",
+        config=given,
+        overrides=overrides or (),
     )
-    print(loadgen.format_measured(measured, recipe.benchmark))
-    if accuracy and val_set is not None:
-        table = loadgen.read_accuracy_log(output / loadgen.ACCURACY_LOG, val_set)
-        category_ids = detector.category_ids_in(val_set).tolist()
-        print(coco_eval.format_scores(coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)))
+    print(logs.format_measured(measured))
+    if measured.scores is not None:
+        print(coco_eval.format_scores(measured.scores))
     if not measured.is_valid():
-        raise typer.Exit(1)
+        raise typer.Exit(exit_status.INVALID)
 
 
 @app.command()

@@ -7,25 +7,17 @@ follow from others (grid sizes, the learning rate of a step) are functions, neve
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from dali_pipelines.batch import Augmentation, Fraction
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Range = tuple[PositiveFloat, PositiveFloat]
 Percentile = Literal[50, 90, 95, 97, 99]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        protected_namespaces=(),
-    )
+    model_config = Augmentation.model_config  # frozen and strict; unknown keys are errors
 
 
 class ModelConfig(_Section):
@@ -145,42 +137,6 @@ class DataConfig(_Section):
     box_encoder: Literal["auto", "dali", "kernels"] = "auto"
     """Encoder of the targets: "dali" runs in the pipeline; "kernels" is this project's operator, which breaks ties
     between anchors of equal IoU as the MLPerf reference does; "auto" is "kernels" on a CPU and "dali" on a GPU."""
-
-
-class AugmentationConfig(_Section):
-    """Random changes of training images: SSD crop, colour changes, flip."""
-
-    crop_min_ious: tuple[Fraction, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-    """Options of the crop, drawn with equal chance: every box that is kept overlaps the crop by at least this IoU; 0 is
-    no condition."""
-    crop_allow_none: bool = True
-    """Make "no crop" one more option, as likely as each of crop_min_ious."""
-    crop_sides: tuple[Fraction, Fraction] = (0.3, 1.0)
-    """Range of the crop's width and height, as fractions of the image's."""
-    crop_aspect: Range = (0.5, 2.0)
-    """Range of the crop's aspect: width / height, both as fractions of the image's."""
-    crop_attempts: PositiveInt = 1
-    """Crops tried for an option before another option is drawn."""
-    brightness: Range = (0.875, 1.125)
-    """Range of the brightness factor."""
-    contrast: Range = (0.5, 1.5)
-    """Range of the contrast factor."""
-    saturation: Range = (0.5, 1.5)
-    """Range of the saturation factor."""
-    hue_degrees: Annotated[float, Field(ge=0, le=180)] = 18.0
-    """Largest rotation of the hue in either direction, degrees."""
-    flip_probability: Fraction = 0.5
-    """Chance of a horizontal flip."""
-
-    @model_validator(mode="after")
-    def _ranges_ascend(self) -> Self:
-        for key in ("crop_sides", "crop_aspect", "brightness", "contrast", "saturation"):
-            low, high = getattr(self, key)
-            if low > high:
-                raise ValueError(f"{key} = [{low:g}, {high:g}]: expected [low, high] with low <= high")
-        if not self.crop_min_ious and not self.crop_allow_none:
-            raise ValueError("crop_min_ious = [] with crop_allow_none = false: expected at least one option")
-        return self
 
 
 class OptimizerConfig(_Section):
@@ -343,7 +299,7 @@ class Config(_Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    augmentation: AugmentationConfig = AugmentationConfig()
+    augmentation: Augmentation = Augmentation()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that appear as a whole or not at all."""
 
 import os
 import tempfile
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replaces a file by new content, durably; on an error the old file stays and nothing else is left.
+    """Replace the content of a file, durably. On an error the old file stays and no other file is left.
 
-    What is no file, such as /dev/null, is written to and stays what it is.
-    Raises OSError that names the file, also where the system's own would not (a full disk).
+    A device such as /dev/null is written to directly.
+    Raises OSError that names the file, also where the system's own error would not (full disk).
     """
     temporary = None
     try:

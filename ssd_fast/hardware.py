@@ -24,21 +24,21 @@ def device_name(device: torch.device, cores: int) -> str:
 
 
 def usable_cores(processes: int = 1) -> int:
-    """CPU cores for this process: those it is bound to, or its share where `processes` of a node are bound to none."""
+    """CPU cores for this process: those it is bound to, or, if unbound, an equal share for each process of the node."""
     cores = len(os.sched_getaffinity(0))
     return cores if cores < (os.cpu_count() or 1) else max(1, cores // processes)
 
 
 def input_threads(num_threads: int, cores: int) -> int:
-    """Threads of an input pipeline for data.num_threads; for 0 the cores and one more.
+    """Threads of an input pipeline for data.num_threads; 0 means one more than the cores.
 
-    DALI computes one operator after another, and at the end of each a core would wait for the last image.
+    DALI runs one operator after another; without the extra thread a core would idle at the end of each operator.
     """
     return num_threads or cores + 1
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that a device computes in under the configuration's training.precision."""
+    """The number format of the network on a device, for the key training.precision."""
     named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if precision != "auto":
         return named[precision]
@@ -48,16 +48,16 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written ones together, of copying what no cache holds."""
+    """Rate of copying a buffer that no cache holds, bytes read plus bytes written, per second."""
     source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * _COPIED_BYTES / _median_seconds(lambda: target.copy_(source), device)
 
 
 @torch.no_grad()
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second (2 for a multiply-add) of two large square matrices' product, or of a large convolution.
+    """Peak arithmetic rate, FLOP per second (2 for a multiply-add): a large matrix product or convolution.
 
-    The faster one: on some CPUs the library of convolutions is better than that of matrices.
+    The faster of the two counts: on some CPUs the library of convolutions is better than that of matrices.
     """
     size, batch = (2048, 8) if device.type == "cpu" else (8192, 256)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -72,20 +72,20 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Begins to watch for the most memory at one time; False where that cannot be known."""
+    """Reset the peak of memory use; return False where the system cannot do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     clear = Path("/proc/self/clear_refs")
     if not os.access(clear, os.W_OK):
         return False
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
     clear.write_text("5")  # the peak is now what is resident
     return True
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most since the last reset, of tensors on a GPU, else of the process's resident set."""
+    """Peak memory since the last reset, bytes: of tensors on a GPU, else of the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What a person sees of a long command: a live display on a terminal, plain dated lines elsewhere. Owner of rich."""
+"""Progress of a long command for people: a live display on a terminal, plain dated lines elsewhere."""
 
 import functools
 import logging
@@ -26,10 +26,10 @@ _steps = logging.getLogger(f"{__name__}.steps")  # lines that a terminal's live 
 
 
 def setup_logging(log_file: Path | None) -> None:
-    """Sends the project's messages, and warnings of other packages, to stderr and to a file.
+    """Send the project's messages, and warnings of other packages, to stderr and to a file.
 
-    On a terminal they pass above a live display; elsewhere, and in the file, every line starts with its date.
-    log_file: appended to; None for no file. A second call replaces what the first one set up.
+    On a terminal they scroll above a live display. Elsewhere, and in the file, every line starts with its date.
+    log_file: appended to; None for no file. A second call replaces the setup of the first.
     Raises OSError naming the file where it cannot be opened.
     """
     console = _terminal()
@@ -55,7 +55,7 @@ def setup_logging(log_file: Path | None) -> None:
 
 
 class Progress:
-    """Shows how training goes; a context, in which the terminal's live display lasts.
+    """The progress of training; a context in which a terminal shows the live display.
 
     Every update is a line of the log file; on a terminal it moves the live display instead of filling the screen.
     Epochs count from 1, steps are the done ones of the epoch. Rates and remaining times are those of training alone.
@@ -64,7 +64,7 @@ class Progress:
     def __init__(
         self, *, epochs: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """epochs: of the whole run. console: another than stderr's. clock: seconds."""
+        """epochs: of the whole run. console: in place of stderr's. clock: seconds."""
         self._epochs = epochs
         self._console = console or _terminal()
         self._clock = clock
@@ -86,7 +86,7 @@ class Progress:
         self._live.stop()
 
     def start_epoch(self, epoch: int, steps: int, start_step: int = 0) -> None:
-        """Says that an epoch of so many steps begins, or goes on after start_step of them."""
+        """Begin an epoch of a number of steps, or continue it after start_step of them."""
         self._epoch, self._steps, self._step = epoch, steps, start_step
         self._updated = self._clock()
 
@@ -99,7 +99,7 @@ class Progress:
         learning_rate: float,
         images_per_second: float,
     ) -> None:
-        """Shows the figures after a step. The line of an epoch's last step stays on a terminal's screen too."""
+        """Show the figures after a step. The line of the last step of an epoch stays on a terminal's screen."""
         now = self._clock()
         if step_in_epoch > self._step:
             self._recent_seconds = 0.9 * self._recent_seconds + now - self._updated
@@ -118,23 +118,15 @@ class Progress:
         )
 
     def evaluation(self, epoch: int, map: float, map_50: float, seconds: float) -> None:
-        """Shows the scores (fractions) of the evaluation after an epoch, which took so many seconds."""
+        """Show the scores (fractions) of the evaluation after an epoch, and its duration."""
         self._score = f"mAP {map:.4f} AP50 {map_50:.4f} after epoch {epoch}"
         _logger.info(
             "epoch %d/%d %s, took %s", epoch, self._epochs, f"mAP {map:.4f} AP50 {map_50:.4f}", _duration(seconds)
         )
         self._updated = self._clock()
 
-    def message(self, text: str) -> None:
-        """Shows a line that stays."""
-        _logger.info("%s", text)
-
-    def warning(self, text: str) -> None:
-        """Shows a line that stays and stands out."""
-        _logger.warning("%s", text)
-
     def __rich__(self) -> RenderableType:
-        """The live display: one line of where the epoch is, one of its figures, one of the last scores and the end."""
+        """The live display, three lines: position in the epoch, figures, remaining time and last scores."""
         if not self._steps:
             return Text("preparing", style="dim")
         epoch = f"epoch {self._epoch}/{self._epochs}"
@@ -162,9 +154,9 @@ def track(
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """The items, while how many of them are done is shown: a bar on a terminal, a line every half minute elsewhere.
+    """Iterate over items and show how many are done: a bar on a terminal, a line every half minute elsewhere.
 
-    total: number of items; left out, their len(), or unknown. A line with the time it took ends it.
+    total: number of items; by default their len(), if they have one. A line with the duration ends the display.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -189,13 +181,13 @@ def track(
 
 @functools.cache
 def _terminal() -> Console:
-    """The one console of stderr, which log lines and live displays share."""
+    """The console of stderr that log lines and live displays share."""
     # FORCE_COLOR makes rich believe in a terminal; only a real one gets a live display
     return Console(stderr=True, force_interactive=None if sys.stderr.isatty() else False)
 
 
 class _PlainFormatter(logging.Formatter):
-    """`2026-01-31 12:00:00 text`, with the level's name before a warning or an error."""
+    """Lines like `2026-01-31 12:00:00 text`, with the name of the level before a warning or an error."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -207,7 +199,7 @@ class _PlainFormatter(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that is given up, with one line on stderr, when it cannot be written: the run matters more."""
+    """A log file that is abandoned, with one line on stderr, when it cannot be written: the run matters more."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()
@@ -238,7 +230,7 @@ def _bar(console: Console, label: str, done: int, total: int | None, *ends: str)
 
 
 def _row(parts: Iterable[tuple[str, str]]) -> Text:
-    """One line of pieces of text, each with its style; what a narrow terminal has no room for is cut."""
+    """One line of texts, each with its style, cut to the width of the terminal."""
     row = Text("   ").join(Text(text, style=style) for text, style in parts if text)
     row.no_wrap, row.overflow = True, "ellipsis"
     return row

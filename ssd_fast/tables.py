@@ -1,4 +1,4 @@
-"""Tables of text for people: what every verb prints and what the profile's page shows."""
+"""Tables of text: for what a verb prints and for the page of a profile."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -8,13 +8,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-WIDTH = 110
-
 
 class Row(NamedTuple):
     """One line of a table.
 
-    cells: as many as the table has columns, empty where there is no value.
+    cells: one for each column of the table, empty where there is no value.
     depth: 1 for a part of the row above, which is indented.
     share: 0 to 1, the length of the bar that a page draws behind the cell of the column "share".
     """
@@ -25,9 +23,10 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table: its first column is text, the others are figures, aligned to the right.
+    """A table. Its first column is text; the others are figures, aligned to the right.
 
-    columns: heads. note: how to read it; it stands in the first head where that is empty, else above the table.
+    columns: heads.
+    note: how to read the table. As text it stands in the first head where that is empty, else above the table.
     """
 
     title: str
@@ -37,22 +36,22 @@ class Table(NamedTuple):
 
 
 def format_table(table: Table) -> str:
-    """The table as plain text, columns as wide as what is in them; an empty line precedes each row that has parts."""
+    """Return a table as plain text. An empty line precedes each row that follows parts of another."""
     grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for number, head in enumerate(table.columns):
         title = Text(head or (table.note if number == 0 else ""))
         grid.add_column(title, justify="right" if number else "left", no_wrap=True)
-    has_parts = any(row.depth for row in table.rows)
     for number, row in enumerate(table.rows):
-        if has_parts and number and not row.depth and table.rows[number - 1].depth:
+        if number and table.rows[number - 1].depth and not row.depth:
             grid.add_row()
-        grid.add_row(*(Text("  " * row.depth + cell if column == 0 else cell) for column, cell in enumerate(row.cells)))
+        first, *others = row.cells
+        grid.add_row(Text("  " * row.depth + first), *map(Text, others))
     text = _to_text(grid)
     return f"{table.note}\n{text}" if table.note and table.columns[0] else text
 
 
 def format_pairs(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names and values as two aligned columns of plain text."""
+    """Return names and values as two aligned columns of plain text."""
     grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     for name, value in pairs:
         grid.add_row(Text(name), Text(value, overflow="fold"))

@@ -1,4 +1,4 @@
-"""Where the time of a command goes: parts that follow each other without gaps, on the clock of what computes."""
+"""Clocks of a command: its time is divided into parts that follow each other without gaps."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from ssd_fast.parts import DECODING, MODEL, PREPROCESSING
+from ssd_fast.tables import Row, Table, format_table
 
-_OF_A_BATCH = (PREPROCESSING, MODEL, DECODING)
+_BATCH_PARTS = (PREPROCESSING, MODEL, DECODING)
 _PERCENTILES = (50, 90, 99)
 
 Batch = TypeVar("Batch")
@@ -18,7 +19,7 @@ _Mark: TypeAlias = float | torch.cuda.Event
 
 
 class Interval(NamedTuple):
-    """When a part was under way, seconds since the timeline's begin."""
+    """Begin and end of a part, in seconds since the timeline began."""
 
     part: str
     begin_s: float
@@ -29,11 +30,11 @@ class NullTimeline:
     """A timeline that records nothing."""
 
     def region(self, part: str) -> AbstractContextManager[None]:
-        """What the device does within it is a part."""
+        """Record the work of the device within the region as a part."""
         return nullcontext()
 
     def waits(self, batches: Iterable[Batch], part: str) -> Iterator[Batch]:
-        """The batches; what it takes until each is there is a part."""
+        """Yield the batches; record the time until each one is there as a part."""
         return iter(batches)
 
 
@@ -43,14 +44,15 @@ NULL_TIMELINE = NullTimeline()
 class Timeline(NullTimeline):
     """Divides the time since a moment into parts.
 
-    Regions are timed on the device that computes: on a GPU by events on its stream, which `settle` reads, so that the
-    host does not wait in between. Profilers (PyTorch's, on a GPU also Nsight) see a range of the same name.
+    Regions are timed on the device that computes. On a GPU events on its stream mark them; `settle` reads these, so
+    that the host does not wait in between. Profilers (PyTorch's, on a GPU also Nsight) show a range of the same name.
+
+    intervals: the regions before the last `settle`, in their order.
     """
 
     def __init__(self, device: torch.device, start_s: float) -> None:
-        """start_s: where the first part begins, of time.perf_counter."""
+        """start_s: begin of the first part, on the clock time.perf_counter."""
         self.intervals: list[Interval] = []
-        """Of the regions before the last `settle`, in their order."""
         self._device = device
         self._settled_s = self._start_s = start_s
         self._marked: list[tuple[str, _Mark, _Mark]] = []
@@ -77,7 +79,7 @@ class Timeline(NullTimeline):
             yield batch
 
     def settle(self, part: str) -> None:
-        """Waits for the device; the time since the last call of this is a part, less the regions in between."""
+        """Wait for the device; record the time since the last `settle` as a part, without the regions in between."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -93,12 +95,12 @@ class Timeline(NullTimeline):
         self._origin = (now, self._mark())
 
     def parts(self) -> dict[str, list[float]]:
-        """Seconds of every region or settled part, by name, in the order in which they first came."""
+        """Seconds of every region and every settled part, by name, in the order in which the names first came."""
         return self._seconds
 
     @contextmanager
     def _range(self, part: str) -> Iterator[None]:
-        """What profilers show."""
+        """Show a part to profilers."""
         nvtx = torch.cuda.nvtx.range(part) if self._device.type == "cuda" else nullcontext()
         with torch.profiler.record_function(part), nvtx:
             yield
@@ -122,38 +124,41 @@ class Timeline(NullTimeline):
 
 
 def format_report(parts: Mapping[str, Sequence[float]], *, num_images: int, batch_size: int) -> str:
-    """A table for people: every part, their sum, percentiles over the batches (nearest rank), images per second.
+    """A table of an evaluation: seconds of each part and their sum, percentiles over the batches, images per second.
 
-    parts: of `Timeline.parts`. Seconds are rounded to milliseconds before they are added up, so that what is printed
-    adds up too.
+    parts: of `Timeline.parts`. Seconds are rounded to milliseconds before they are added up, so that the printed ones
+    add up too. Percentiles are nearest ranks.
     """
     seconds = {part: round(sum(laps), 3) for part, laps in parts.items()}
     total = round(sum(seconds.values()), 3)
-    heads = [f"p{percent}" for percent in _PERCENTILES]
-    lines = [f"{'':<18}{'s':>12}{'share':>8}   {'ms of a batch:':>15}" + "".join(f"{head:>10}" for head in heads)]
+    rows = []
     for part, value in seconds.items():
-        line = f"{part:<18}{value:>12.3f}{value / total:>8.1%}"
-        lines.append(line + (" " * 18 + _percentiles(parts[part]) if part in _OF_A_BATCH else ""))
-    lines.append(f"{'total':<18}{total:>12.3f}{1:>8.1%}")
-    in_batches = round(sum(seconds[part] for part in _OF_A_BATCH), 3)
-    of_batches = np.sum([parts[part] for part in _OF_A_BATCH], axis=0)
-    lines += [
-        f"{f'{_OF_A_BATCH[0]} to {_OF_A_BATCH[-1]}':<56}" + _percentiles(of_batches),
-        f"{num_images} images in {len(of_batches)} batches of {batch_size}",
-        f"{num_images / in_batches:.4g} images/s from {_OF_A_BATCH[0]} to {_OF_A_BATCH[-1]} ({in_batches:.3f} s)",
-        f"{num_images / total:.4g} images/s in all ({total:.3f} s)",
-    ]
-    return "\n".join(lines)
+        percentiles = _percentiles(parts[part]) if part in _BATCH_PARTS else [""] * len(_PERCENTILES)
+        rows.append(Row([part, f"{value:.3f}", f"{value / total:.1%}", *percentiles]))
+    rows.append(Row(["total", f"{total:.3f}", f"{1:.1%}", *[""] * len(_PERCENTILES)]))
+    whole = f"{_BATCH_PARTS[0]} to {_BATCH_PARTS[-1]}"
+    batches = np.sum([parts[part] for part in _BATCH_PARTS], axis=0)
+    rows.append(Row([whole, "", "", *_percentiles(batches)]))
+    columns = ["", "s", "share", *(f"p{percent} ms" for percent in _PERCENTILES)]
+    in_batches = round(sum(seconds[part] for part in _BATCH_PARTS), 3)
+    return "\n".join(
+        [
+            format_table(Table("Time", columns, rows, "percentiles: of a batch")),
+            f"{num_images} images in {len(batches)} batches of {batch_size}",
+            f"{num_images / in_batches:.4g} images/s from {whole} ({in_batches:.3f} s)",
+            f"{num_images / total:.4g} images/s in all ({total:.3f} s)",
+        ]
+    )
 
 
 def format_line(parts: Mapping[str, Sequence[float]], *, num_images: int) -> str:
-    """One line for people: the sum of all parts, images per second, and every part that one sees."""
+    """One line: the sum of all parts, images per second, and every part of at least 5 ms."""
     seconds = {part: round(sum(laps), 2) for part, laps in parts.items()}
     total = round(sum(seconds.values()), 2)
     listed = ", ".join(f"{part} {value:.2f}" for part, value in seconds.items() if value)
     return f"{num_images} images in {total:.2f} s, {num_images / total:.4g} a second ({listed})"
 
 
-def _percentiles(seconds: Sequence[float] | np.ndarray) -> str:
+def _percentiles(seconds: Sequence[float] | np.ndarray) -> list[str]:
     values = np.percentile(1e3 * np.asarray(seconds), _PERCENTILES, method="inverted_cdf")
-    return "".join(f"{value:>10.2f}" for value in values)
+    return [f"{value:.2f}" for value in values]

@@ -159,7 +159,7 @@ def test_a_mistyped_recipe_is_refused_before_anything_is_written(run: Run, synth
 
 def test_missing_data_is_refused_before_anything_is_written(run: Run, tmp_path: Path) -> None:
     line = failing_train(run, tmp_path / "nowhere", tmp_path / "run")
-    assert "instances_train2017.json: no such annotation file" in line
+    assert "instances_train2017.json: no such file: expected COCO instances" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -13,6 +13,7 @@ from repository import REPOSITORY
 ROOMS = (
     "kernels",
     "dali_pipelines",
+    "ssd_fast.exit_status",
     "ssd_fast.files",
     "ssd_fast.tables",
     "ssd_fast.parts",
@@ -33,9 +34,10 @@ ROOMS = (
     "ssd_fast.__main__",
 )
 OWNERS = {
-    "horovod": {"ssd_fast/distributed/world.py"},
+    "horovod": {"ssd_fast/distributed/horovod.py", "ssd_fast/distributed/slurm.py"},
     "nvidia": {
-        f"dali_pipelines/{name}.py" for name in ("train", "coco_reader", "augment", "evaluate", "loader", "box_encoder")
+        f"dali_pipelines/{name}.py"
+        for name in ("train", "coco_reader", "augment", "arrays", "evaluate", "loader", "box_encoder")
     },
     "pycocotools": {"ssd_fast/evaluation/coco_eval.py"},
     "hotcoco": {"ssd_fast/evaluation/coco_eval.py"},
@@ -50,9 +52,14 @@ OWNERS = {
     "onnxscript": {"ssd_fast/evaluation/export.py"},
     "onnxruntime": {"ssd_fast/evaluation/export.py"},
     "rich": {"ssd_fast/progress.py", "ssd_fast/tables.py"},
-    "pydantic": {"ssd_fast/config.py", "ssd_fast/recipe.py", "ssd_fast/profiling/profile.py"},
+    "pydantic": {
+        "dali_pipelines/batch.py",
+        "ssd_fast/config.py",
+        "ssd_fast/recipe.py",
+        "ssd_fast/profiling/profile.py",
+    },
     "typer": {"ssd_fast/__main__.py"},
-    "msgspec": {"ssd_fast/data/coco.py", "ssd_fast/evaluation/coco_eval.py"},
+    "msgspec": {"ssd_fast/data/annotations.py", "ssd_fast/evaluation/coco_eval.py"},
 }
 
 

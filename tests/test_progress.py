@@ -75,8 +75,8 @@ def test_every_update_is_a_dated_line_of_the_log_file(
         clock.now += 10
         progress.update(120, **FIGURES)
         progress.evaluation(3, 0.2134, 0.3911, seconds=75.2)
-        progress.message("a checkpoint [step 120] was written")
-        progress.warning("loss is not finite")
+        logging.getLogger("ssd_fast").info("a checkpoint [step 120] was written")
+        logging.getLogger("ssd_fast").warning("loss is not finite")
     assert undated(log_lines()) == [
         "epoch 3/3 step 120/3665 loss 5.432 (box 1.234 class 4.198) lr 0.0125 812.3 images/s ETA 0:14:46",
         "epoch 3/3 mAP 0.2134 AP50 0.3911, took 0:01:15",
@@ -267,7 +267,7 @@ setup_logging(Path("train.log"))
 with Progress(epochs=1) as progress:
     progress.start_epoch(1, 2)
     progress.update(1, 5.432, 1.234, 4.198, 0.0125, 812.34)
-    progress.warning("careful")
+    logging.getLogger("ssd_fast").warning("careful")
     list(track([1], "evaluating"))
     print("result")
 """

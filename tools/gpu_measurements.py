@@ -113,7 +113,7 @@ def _matrix_rate() -> float:
 
 def measure_inference(_arguments: argparse.Namespace, _scratch: Path) -> Iterator[Row]:
     """Speed at 1200x1200 without input, with random weights, and the share of decoding and NMS in it."""
-    from ssd_fast.data.coco import Category
+    from ssd_fast.data.annotations import Category
     from ssd_fast.evaluation.detector import make_random_detector
     from ssd_fast.recipe import load_config
     from ssd_fast.timing import DECODING, MODEL, Timeline

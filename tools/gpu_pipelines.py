@@ -87,7 +87,6 @@ def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]
 
 
 def _train_loader(config: "Config", images: "CocoSet", device: torch.device, batch_size: int) -> "TrainLoader":
-    from dali_pipelines.batch import Augmentation
     from dali_pipelines.train import TrainLoader
     from kernels.boxes import cxcywh_to_ltrb
     from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
@@ -103,7 +102,7 @@ def _train_loader(config: "Config", images: "CocoSet", device: torch.device, bat
         num_threads=len(os.sched_getaffinity(0)),
         prefetch_batches=2,
         seed=3,
-        augmentation=Augmentation(**config.augmentation.model_dump()),
+        augmentation=config.augmentation,
     )
 
 

@@ -1,6 +1,6 @@
-"""Whether an image holds all that it is for; the last step of its build, which needs no GPU.
+"""Check that a container image is complete, as the last step of its build; no GPU is needed.
 
-`python tools/image_check.py inference|training`. One line for each part; what fails is the error.
+`python tools/image_check.py inference|training` prints one line for each part, and fails at the first missing one.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ def check_common() -> None:
     import nvidia.dali
 
     import kernels
-    import ssd_fast.__main__  # noqa: F401 — imports all that the commands share
+    import ssd_fast.__main__  # noqa: F401 — imports what the verbs share
 
     cuda = torch.version.cuda
     assert cuda is not None, f"PyTorch {torch.__version__} was built without CUDA"
@@ -26,7 +26,7 @@ def check_common() -> None:
     print(f"DALI {nvidia.dali.__version__}")
     capabilities = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "")
     assert "video" in capabilities.split(","), (
-        f"NVIDIA_DRIVER_CAPABILITIES={capabilities}: no decoding of JPEG in hardware"
+        f"NVIDIA_DRIVER_CAPABILITIES = {capabilities}: expected video among them, for the hardware JPEG decoder"
     )
 
 
@@ -48,7 +48,7 @@ def check_training() -> None:
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC  # noqa: F401
     from apex.optimizers import FusedSGD  # noqa: F401
 
-    # apex without its kernels imports, too
+    # apex can be imported without its kernels
     import amp_C  # isort: skip
     import bnp  # isort: skip
 

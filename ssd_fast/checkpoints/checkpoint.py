@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on exactly, or that a model needs to be used."""
+"""Checkpoints: all that a run needs to resume exactly, and all that a detector needs to be used."""
 
 import io
 import logging
@@ -11,7 +11,7 @@ import torch
 
 from ssd_fast.checkpoints.weights import read_torch_file
 from ssd_fast.config import Config
-from ssd_fast.data.coco import Category
+from ssd_fast.data.annotations import Category
 from ssd_fast.files import write_atomically
 from ssd_fast.recipe import ConfigError, validate_config
 
@@ -24,7 +24,7 @@ _NUMBERED = re.compile(r"step_(\d{9})\.pt")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written, or is not of this program; the message names the file."""
+    """A file that cannot be read, or does not hold a checkpoint of this program; the message names the file."""
 
 
 class Checkpoint(NamedTuple):
@@ -51,25 +51,25 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint under a temporary name and renames it: the file is whole or is not there.
+    """Write a checkpoint under a temporary name and rename it: the file appears only when it is complete.
 
-    Raises OSError that names the file when the disk is full or the folder cannot be written to; an older file stays.
+    Raises OSError that names the file if the disk is full or the folder is not writable; an older file then stays.
     """
     values = {name: value for name, value in checkpoint._asdict().items() if name != "scores"} | {
         "format": FORMAT,
         "config": checkpoint.config.model_dump(mode="json", exclude_none=True),
         "categories": [category._asdict() for category in checkpoint.categories],
     }
-    buffer = io.BytesIO()  # torch.save straight to a full disk fails with an error that does not say so
+    buffer = io.BytesIO()  # the error of torch.save on a full disk does not say that the disk is full
     torch.save(values, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint onto the CPU, as data only (no code in it is run).
+    """Return a checkpoint, on the CPU. The file is read as data: no code in it runs.
 
-    Raises CheckpointError when the file is missing, damaged, or not a checkpoint of this program.
+    Raises CheckpointError if the file is missing, damaged, or not a checkpoint of this program.
     """
     try:
         content = read_torch_file(path)
@@ -81,12 +81,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def is_checkpoint(content: Any) -> bool:
-    """Whether what a file holds is a checkpoint of this program, of any version, rather than weights alone."""
+    """Return True for the content of a checkpoint of this program, of any version, and False for weights alone."""
     return isinstance(content, dict) and "format" in content
 
 
 def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
-    """The checkpoint that a file holds; path is named in errors."""
+    """Return the checkpoint in the content of a file. path: its name in errors."""
     if content["format"] not in (FORMAT, _FORMAT_WITH_SCORES):
         raise CheckpointError(f"{path}: format = {content['format']!r}: expected {FORMAT!r}")
     try:
@@ -99,7 +99,7 @@ def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
 
 
 def numbered_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is kept."""
+    """Return the path of the checkpoint after a number of steps."""
     return folder / f"step_{step:09d}.pt"
 
 
@@ -116,7 +116,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The readable checkpoint of the highest step, or None; damaged ones are passed over with a warning."""
+    """Return the readable checkpoint of the highest step, or None. Damaged ones are skipped with a warning."""
     for path in _numbered(folder):
         try:
             return load_checkpoint(path)
@@ -126,12 +126,12 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the newest numbered checkpoints; the best one is kept under a name of its own."""
+    """Delete all but the newest numbered checkpoints. The best checkpoint has another name and stays."""
     for path in list(_numbered(folder))[keep:]:
         path.unlink()
 
 
 def _numbered(folder: Path) -> Iterator[Path]:
-    """Numbered checkpoints of a folder, newest first."""
+    """Yield the numbered checkpoints of a folder, newest first."""
     if folder.is_dir():
         yield from sorted((path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name)), reverse=True)

@@ -1,4 +1,4 @@
-"""The weights of a module that was pickled whole, without its code: such is the published file of MLPerf Inference."""
+"""Reader of nn.Modules that were pickled whole, such as the weights that MLPerf Inference published."""
 
 import collections
 import io
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 class _Placeholder:
-    """Stands for any class or function that a file names: takes what it is given, keeps attributes, does nothing."""
+    """A stand-in for any class or function that a file names: it takes all arguments and keeps attributes."""
 
-    dump_patches = False  # torch asks this of classes whose source code was saved along
+    dump_patches = False  # torch reads this attribute of classes whose source code is in the file
 
     def __init__(self, *_: Any) -> None: ...
 
 
-# all that a pickle is made of is one of these, a placeholder, or a storage, for which torch finds the type itself
+# Every global that a pickle names becomes one of these or a placeholder; torch itself finds the types of storages.
 _TENSORS_AND_CONTAINERS = {
     ("__builtin__", "set"): set,
     ("builtins", "set"): set,
@@ -47,26 +47,26 @@ _PICKLE = types.SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=_l
 
 
 def read_pickled_module(path: Path) -> dict[str, Tensor]:
-    """The state dict of the nn.Module that torch.save wrote to a file, on the CPU.
+    """Return the state dict of an nn.Module that torch.save wrote to a file, on the CPU.
 
-    No code in the file, and none that it names, runs; nothing is imported for it.
-    Raises pickle.UnpicklingError if the file holds something else; of damaged files, whatever torch.load raises.
+    No code runs that the file holds or names, and no module is imported for it.
+    Raises pickle.UnpicklingError if the file holds something else; for damaged files, also the errors of torch.load.
     """
-    content = io.BytesIO(path.read_bytes())  # torch.load takes tar archives from the disk, but not from memory
+    content = io.BytesIO(path.read_bytes())  # torch.load opens tar archives, but not from memory
     try:
         if zipfile.is_zipfile(content) and any("constants.pkl" in name for name in zipfile.ZipFile(content).namelist()):
             raise pickle.UnpicklingError("a TorchScript archive")
         content.seek(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a placeholder's source code is not that of the class
+            warnings.simplefilter("ignore")  # torch warns that the placeholders have other source code than the classes
             module = torch.load(content, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
-    except (zipfile.BadZipFile, MemoryError) as error:  # MemoryError: a number in a damaged pickle
+    except (zipfile.BadZipFile, MemoryError) as error:  # MemoryError: a damaged pickle asks for a huge buffer
         raise pickle.UnpicklingError(str(error)) from None
     return dict(_state(module, ""))
 
 
 def _state(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """What state_dict() of the module gives, in its order."""
+    """Yield the entries of the module's state_dict(), in its order."""
     attributes = vars(module) if isinstance(module, _Placeholder) else {}
     if not {"_parameters", "_buffers", "_modules"} <= attributes.keys():
         raise pickle.UnpicklingError(f"no module: {prefix.rstrip('.') or type(module).__name__}")

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: torchvision backbones, MLPerf reference checkpoints, detectors of other classes."""
+"""Loading of weights into a network: own ones, those of the MLPerf reference, torchvision's backbones."""
 
 import pickle
 import re
@@ -17,7 +17,7 @@ from ssd_fast.model.ssd import SSD
 
 Source = Path | Mapping[str, Any]
 
-# our prefix -> that of the MLPerf reference
+# Own prefix: prefix of the MLPerf reference.
 _REFERENCE_PREFIXES = {
     "backbone.conv1.": "model.layer1.0.",
     "backbone.bn1.": "model.layer1.1.",
@@ -28,16 +28,16 @@ _REFERENCE_PREFIXES = {
     "box_heads.": "loc.",
     "class_heads.": "conf.",
 }
-# what torch.load was seen to raise, besides its own errors, on files cut short and files with changed bytes
+# Errors that torch.load was seen to raise for truncated files and for files with changed bytes.
 _DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
 _HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)")
 
 
 def read_torch_file(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU; only tensors and plain containers are unpickled.
+    """Return the content of a file of torch.save, on the CPU. Only tensors and plain containers are unpickled.
 
-    Of a whole nn.Module, its state dict.
-    Raises ValueError that names the file if it cannot be read, is damaged or is something else.
+    For a whole nn.Module, return its state dict.
+    Raises ValueError that names the file if it cannot be read, is damaged or holds something else.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -57,11 +57,9 @@ def read_torch_file(path: Path) -> Any:
 
 
 def read_state_dict(source: Source) -> dict[str, Tensor]:
-    """The tensors of a state dict, by name.
+    """Return the tensors of a state dict by name, without the prefix "module." if all names have it.
 
-    source: a file of torch.save, or what it holds: a state dict, or a dict that has one under the key "model". The
-    prefix "module." is removed if all names have it.
-    Nothing but tensors and plain containers is unpickled.
+    source: a file of torch.save, or its content: a state dict, or a dict with a state dict under the key "model".
     Raises ValueError for a file that cannot be read or holds something else.
     """
     where = str(source) if isinstance(source, Path) else "state dict"
@@ -82,9 +80,9 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
 
 
 def layout_of(source: Source) -> Literal["ours", "reference"]:
-    """Whose names a state dict has: those of `SSD`, or those of the MLPerf reference.
+    """Return "ours" for a state dict with the names of `SSD`, "reference" for the names of the MLPerf reference.
 
-    Raises ValueError if neither, or both.
+    Raises ValueError if it has neither or both.
     """
     names = list(read_state_dict(source))
     ours = any(name.startswith(tuple(_REFERENCE_PREFIXES)) for name in names)
@@ -98,36 +96,22 @@ def layout_of(source: Source) -> Literal["ours", "reference"]:
 
 
 def load_weights(model: SSD, source: Source) -> None:
-    """Fills the whole model from a state dict of either layout.
+    """Fill the whole model from a state dict of this detector or of the MLPerf reference (at 300 or 1200 pixels).
 
+    Default boxes in the file are ignored: anchors follow from the configuration.
     Raises ValueError that names every entry that is missing, unexpected, or of the wrong shape.
     """
     state = read_state_dict(source)
-    if layout_of(state) == "reference":
-        load_reference_weights(model, state)
-    else:
-        _fill(model, state)
-
-
-def load_reference_weights(model: SSD, source: Source) -> None:
-    """Fills the whole model from a state dict of the MLPerf reference (SSD300, or its sibling for 1200 pixels).
-
-    Their heads are class-major (channel = class x boxes per cell + box; coordinates likewise), ours are box-major.
-    Default boxes that were saved along are ignored: anchors follow from the configuration.
-    Raises ValueError that names every entry that is missing, unexpected, or of the wrong shape.
-    """
-    state = read_state_dict(source)
-    if layout_of(state) != "reference":
-        raise ValueError("expected a state dict of the MLPerf reference; found one of this detector")
-    _fill(model, _from_reference(model, state), reference_names=True)
+    is_reference = layout_of(state) == "reference"
+    _fill(model, _from_reference(model, state) if is_reference else state, reference_names=is_reference)
 
 
 def load_for_finetuning(model: SSD, source: Source) -> list[str]:
-    """Fills the model from a detector of other classes; returns the heads that were left as they are, by name.
+    """Fill the model from a detector of other classes; return the names of the heads that were not filled.
 
-    source: state dict of either layout. A head (such as "class_heads.0") of which the weight or the bias is missing or
-    of another shape is left as it is, both of them.
-    Raises ValueError that names everything else that is missing, unexpected, or of the wrong shape.
+    source: state dict of this detector or of the MLPerf reference. A head (such as "class_heads.0") is left as it is,
+    weight and bias, if one of the two is missing or of another shape.
+    Raises ValueError that names every other entry that is missing, unexpected, or of the wrong shape.
     """
     state = read_state_dict(source)
     is_reference = layout_of(state) == "reference"
@@ -142,11 +126,11 @@ def load_for_finetuning(model: SSD, source: Source) -> list[str]:
 
 
 def load_backbone_weights(model: SSD, source: str) -> None:
-    """Fills the backbone as the configuration's key model.backbone_weights says.
+    """Fill the backbone as the configuration's key model.backbone_weights says.
 
     source: "imagenet" for torchvision's IMAGENET1K_V1 weights, downloaded once into torch's cache; "none" to leave the
     backbone as it is; else the path of a state dict of the same torchvision ResNet, with or without layer4 and fc.
-    Raises ValueError if the file cannot be had or read, or that names every entry that does not fit.
+    Raises ValueError if the file cannot be downloaded or read. Its message names every entry that does not fit.
     """
     if source == "none":
         return
@@ -195,7 +179,10 @@ def _reference_name(own_name: str) -> str:
 
 
 def _from_reference(model: SSD, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's tensors under our names, heads made box-major; unknown names stay as they are."""
+    """Return the reference's tensors under our names, with box-major heads. Unknown names stay as they are.
+
+    The reference's heads are class-major: channel = class x boxes per cell + box, and coordinates likewise.
+    """
     converted = {}
     boxes_per_cell = dict(enumerate(model.config.anchors_per_cell()))
     for reference_name, tensor in state.items():
@@ -208,17 +195,17 @@ def _from_reference(model: SSD, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _box_major(tensor: Tensor, boxes_per_cell: int) -> Tensor:
-    """[values x boxes, ...] as [boxes x values, ...]; sizes that do not divide are left for `_fill` to refuse."""
+    """Reorder [values x boxes, ...] to [boxes x values, ...]. `_fill` rejects sizes that do not divide."""
     if tensor.dim() == 0 or tensor.shape[0] % boxes_per_cell:
         return tensor
     return tensor.unflatten(0, (-1, boxes_per_cell)).transpose(0, 1).flatten(0, 1)
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], *, reference_names: bool = False) -> None:
-    """Loads everything or, with one ValueError that names all that does not fit, nothing.
+    """Load all entries, or none with a ValueError that names all entries that do not fit.
 
     num_batches_tracked may be missing: old versions of torch did not save it, and nothing here reads it.
-    reference_names: whether the message speaks of the entries by their names in the reference.
+    reference_names: name the entries as in the reference.
     """
     own = module.state_dict()
     shown = {name: _reference_name(name) if reference_names else name for name in own | state}

@@ -1,4 +1,4 @@
-"""The sets of a recipe, and the loaders that training and evaluation take their batches from."""
+"""The data sets of a recipe, and the loaders of batches for training and evaluation."""
 
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,12 @@ from torch import Tensor
 import kernels
 from dali_pipelines.batch import LabelledImages
 from dali_pipelines.evaluate import EvalLoader
-from dali_pipelines.train import Augmentation, Encode, TrainLoader
+from dali_pipelines.train import Encode, TrainLoader
 from kernels.boxes import cxcywh_to_ltrb
 from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
 from ssd_fast.config import Config
-from ssd_fast.data.coco import CocoSet, DataError, load_coco
+from ssd_fast.data.coco import CocoSet, load_coco
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.hardware import input_threads
 from ssd_fast.model.anchors import reference_order
@@ -57,14 +58,14 @@ def make_train_loader(
     world: World,
     state: bytes | None = None,
 ) -> TrainLoader:
-    """This rank's training batches of a set. state: of an earlier loader, to go on where that stood."""
+    """This rank's training batches of a set. state: of an earlier loader, from whose position this one continues."""
     return TrainLoader(**loader_arguments(config, coco_set, anchors_cxcywh, device, world), state=state)
 
 
 def loader_arguments(
     config: Config, coco_set: CocoSet, anchors_cxcywh: Tensor, device: torch.device, world: World
 ) -> dict[str, Any]:
-    """Those of TrainLoader, but for its state."""
+    """Arguments of TrainLoader except its state."""
     return {
         "images": coco_set.images,
         "anchors_ltrb": cxcywh_to_ltrb(anchors_cxcywh).numpy(),
@@ -79,7 +80,7 @@ def loader_arguments(
         "seed": config.training.seed,
         "rank": world.rank,
         "world_size": world.size,
-        "augmentation": Augmentation(**config.augmentation.model_dump()),
+        "augmentation": config.augmentation,
     }
 
 
@@ -93,10 +94,10 @@ def make_encode(config: Config, anchors_cxcywh: Tensor) -> Encode | None:
 
 
 def box_encoder(setting: str, device: torch.device) -> str:
-    """The encoder that data.box_encoder means on a device, "dali" or "kernels".
+    """The encoder for the key data.box_encoder on a device, "dali" or "kernels".
 
-    "auto" is the operator on a CPU: DALI's encoder takes ten times its time from the cores that decode images. On a
-    GPU it is DALI's, which runs ahead of the training step; there the two have not been compared yet.
+    On a CPU "auto" is the operator: DALI's encoder takes ten times its time from the cores that decode images. On a GPU
+    it is DALI's, which runs ahead of the training step; there the two have not been compared yet.
     """
     if setting != "auto":
         return setting
@@ -111,9 +112,9 @@ def make_eval_loader(
     world: World | None = None,
     apply_orientation: bool = False,
 ) -> EvalLoader:
-    """A pass over images, in their order, or over this rank's share of them.
+    """A loader of images in their order, or of this rank's share of them.
 
-    apply_orientation: whether EXIF rotation is applied; a data set's boxes refer to the stored pixels, without it.
+    apply_orientation: apply EXIF rotation. Leave it off for a data set, whose boxes refer to the stored pixels.
     """
     world = world or World()
     return EvalLoader(

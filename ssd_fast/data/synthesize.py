@@ -1,4 +1,4 @@
-"""A made-up detection set in COCO's format, for demonstrations and tests without any download.
+"""A synthetic detection set in COCO's format, for demonstrations and tests without any download.
 
 Five classes, each one silhouette with one texture; colours mean nothing. Distractors have a class's texture on a
 shapeless blob, or the silhouette without the texture. Objects hide parts of each other; the image's edge cuts some.
@@ -23,13 +23,13 @@ Array = npt.NDArray[Any]
 Texture = Callable[[Array, Array], Array]
 
 MIN_VISIBLE = 0.55
-"""No object may show less than this share of itself: what is left of a nearly hidden one could not be told apart."""
+"""Smallest visible share of an object. A nearly hidden object could not be recognised."""
 
 PLACEMENT_ATTEMPTS = 8
 
 
 class Kind(NamedTuple):
-    """What a figure looks like, in its own coordinates u, v; it lies inside u^2 + v^2 <= 1.
+    """The look of a figure in its own coordinates u, v, inside u^2 + v^2 <= 1.
 
     outline: [V, 2], a polygon. texture: of u and v, the share of the figure's second colour, 0..1.
     """
@@ -173,7 +173,7 @@ def _stamp(figure: Figure, height: int, width: int) -> Stamp:
 
 
 def _paint(canvas: Array, figure: Figure) -> None:
-    """Blends the figure into canvas [H, W, 3] float32."""
+    """Blend the figure into a canvas [H, W, 3] float32."""
     stamp = _stamp(figure, *canvas.shape[:2])
     part = canvas[stamp.rows, stamp.columns]
     # Textures are sampled twice as finely as pixels: their edges would be ragged otherwise.
@@ -193,7 +193,7 @@ def _paint(canvas: Array, figure: Figure) -> None:
 
 
 def _claim(owners: Array, figures: Iterable[Figure], owner: int) -> int:
-    """Writes owner wherever a figure covers half of a pixel or more; returns the pixels they cover, seen or not."""
+    """Write owner wherever a figure covers at least half of a pixel; return all pixels covered, visible or not."""
     area = 0
     for figure in figures:
         stamp = _stamp(figure, *owners.shape)
@@ -205,7 +205,7 @@ def _claim(owners: Array, figures: Iterable[Figure], owner: int) -> int:
 def _propose(
     rng: Generator, kind: Kind, width: int, height: int, things: list[tuple[Figure, ...]]
 ) -> tuple[Figure, ...]:
-    """One object anywhere or close to another one; once in a while a crowd of them."""
+    """One object anywhere or close to another one; now and then a crowd of them."""
     limits = ((13, 20), (28, 64), (64, 110))[rng.choice(3, p=(0.06, 0.76, 0.18))]
     radius = _log_uniform(rng, *limits)
     x, y = rng.uniform(0.15, 0.85, 2) * (width, height)
@@ -223,7 +223,7 @@ def _propose(
 
 
 def _arrange(rng: Generator, width: int, height: int) -> tuple[list[tuple[Figure, ...]], Array]:
-    """Objects such that enough of every one is seen, and who is seen at every pixel, as in SyntheticImage."""
+    """Objects of which enough is visible, and the owner of every pixel, as in SyntheticImage."""
     things: list[tuple[Figure, ...]] = []
     areas: list[int] = []
     owners = np.zeros((height, width), np.int64)
@@ -242,14 +242,14 @@ def _arrange(rng: Generator, width: int, height: int) -> tuple[list[tuple[Figure
 
 
 def _noise(rng: Generator, width: int, height: int, cell: float) -> Array:
-    """Smooth random field, [H, W] float32 in about 0..1, whose features are cell pixels wide."""
+    """Smooth random field [H, W] float32 in about 0..1 with features `cell` pixels wide."""
     grid = rng.random((math.ceil(height / cell) + 2, math.ceil(width / cell) + 2), np.float32)
     box = (0.5, 0.5, 0.5 + width / cell, 0.5 + height / cell)
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def _background(rng: Generator, width: int, height: int) -> Array:
-    """Noise of several octaves between two colours, at times with stripes. [H, W, 3] float32."""
+    """Noise of several octaves between two colours, sometimes with stripes [H, W, 3] float32."""
     weights = rng.dirichlet((1.5, 1, 1, 0.7))
     field = sum(w * _noise(rng, width, height, c) for w, c in zip(weights, (90, 35, 12, 4), strict=True))
     y, x = np.mgrid[:height, :width].astype(np.float32)
@@ -275,7 +275,7 @@ def _photograph(rng: Generator, canvas: Array) -> Image.Image:
 
 
 def make_image(seed: int, number: int) -> SyntheticImage:
-    """The image of a number in the endless series that seed names; the same on every call with one version of NumPy."""
+    """Image `number` of the series of a seed; the same on every call with one version of NumPy."""
     rng = np.random.default_rng((seed, number))
     width, height = (int(n) for n in rng.integers(160, 321, 2))
     canvas = _background(rng, width, height)
@@ -311,7 +311,7 @@ def annotate(synthetic: SyntheticImage, image_id: int) -> list[dict[str, Any]]:
 
 
 def split_of(number: int) -> str:
-    """The folder of image number: every fifth belongs to the validation set, number 2 first."""
+    """The folder of an image: every fifth belongs to the validation set, number 2 first."""
     return "val2017" if number % 5 == 2 else "train2017"
 
 
@@ -357,7 +357,7 @@ def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Call
 def synthesize(
     directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], object] | None = None
 ) -> None:
-    """Writes a set of num_images images, a fifth of them for validation, in COCO's own layout.
+    """Write a set of images in COCO's layout, a fifth of them for validation.
 
     directory: must not exist, or be empty; it appears only when the set is complete.
     num_images: at least 2. A larger set of the same seed begins with the same images in the same split.

@@ -1,5 +1,5 @@
-"""The processes that train together.
+"""The processes that train together, one rank each.
 
-In: what a launcher says (horovodrun, Slurm). Out: a World: rank, size, device, and what ranks tell each other.
+In: what a launcher says (horovodrun, Slurm). Out: a World: rank, size, device, and the collectives between ranks.
 May be imported by every room above; imports only the leaves.
 """

@@ -1,5 +1,5 @@
-"""From images to detections, and from detections to COCO's numbers.
+"""Detection and its scores.
 
-In: a checkpoint or a network, images. Out: detections, scores, annotated images, ONNX.
+In: a checkpoint or a network, and images. Out: detections, COCO's scores, annotated images, ONNX files.
 May be imported by every room above; imports checkpoints, data, model, distributed and the leaves.
 """

@@ -1,10 +1,10 @@
-"""COCO's twelve numbers of a table of detections, and the result files that other COCO tools read.
+"""COCO's twelve numbers for a table of detections, and COCO's result files.
 
 hotcoco computes them: its precision and recall are pycocotools' bit for bit
-(tests/evaluation/test_coco_eval.py), some fifty times faster. pycocotools itself can be asked for as a check.
+(tests/evaluation/test_coco_eval.py), some fifty times faster. pycocotools itself is available as a check.
 
-Both get the same problem, in which images, categories and annotations are numbered from 1 in the order of their ids:
-pycocotools alone takes a match with an annotation whose id is 0 for none, and hotcoco alone keeps ids in the order
+Both get the same problem, in which images, categories and annotations are numbered from 1 in the order of their ids.
+Otherwise pycocotools would count a match with an annotation of id 0 as none, and hotcoco would keep ids in the order
 given, which decides between equal scores.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import hotcoco
 import msgspec
@@ -20,10 +20,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ssd_fast.data.coco import DataError
+from ssd_fast.data.annotations import Annotation, decode_json, read_instances
+from ssd_fast.data.policy import DataError
 from ssd_fast.files import write_atomically
-
-T = TypeVar("T")
 
 _AREAS = ("all", "small", "medium", "large")
 _MAX_DETECTIONS = (1, 10, 100)
@@ -46,7 +45,7 @@ _IOU_INDEX = {None: slice(None), 0.50: slice(0, 1), 0.75: slice(5, 6)}
 
 
 class DetectionTable(NamedTuple):
-    """Detections of any number of images, in any order; of equal scores in an image, the earlier row counts as better.
+    """Detections of any number of images, in any order; between equal scores in an image the earlier row ranks first.
 
     image_ids: [D] int64, ids of the annotation file.
     boxes_xywh: [D, 4] float64, left, top, width and height in pixels of the original image.
@@ -61,7 +60,7 @@ class DetectionTable(NamedTuple):
 
 
 class CocoScores(NamedTuple):
-    """COCO's numbers, each from 0 to 1, or -1 where there is nothing to find.
+    """COCO's numbers, each from 0 to 1, or -1 without ground truth.
 
     map: average precision, mean over classes and IoU thresholds 0.50, 0.55 ... 0.95, 100 detections per image.
     map_50, map_75: the same at one IoU threshold.
@@ -88,29 +87,6 @@ class CocoScores(NamedTuple):
     precision_50: np.ndarray
 
 
-class _Image(msgspec.Struct):
-    id: int
-
-
-class _Category(msgspec.Struct):
-    id: int
-    name: str
-
-
-class _Annotation(msgspec.Struct):
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    area: float | None = None
-    iscrowd: int | bool = 0
-
-
-class _Instances(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_Annotation]
-
-
 class _Result(msgspec.Struct):
     image_id: int
     category_id: int
@@ -119,7 +95,7 @@ class _Result(msgspec.Struct):
 
 
 class _Problem(NamedTuple):
-    """What an evaluator needs: N images and K categories numbered from 1, T ground truths and D detections.
+    """The input of an evaluator: N images and K categories numbered from 1, T ground truths and D detections.
 
     truth_images, truth_categories: [T] int64.
     truth_boxes_xywh: [T, 4] float64, pixels. truth_areas: [T] float64, square pixels. truth_crowds: [T] int64, 0 or 1.
@@ -146,13 +122,14 @@ def score(
 ) -> CocoScores:
     """COCO's numbers of detections against an annotation file.
 
-    annotation_file: COCO instances JSON; an annotation without `area` has its box's, one without `iscrowd` is no crowd.
-    image_ids, category_ids: what counts; left out, all images (also those without boxes) and categories of the file.
+    annotation_file: COCO instances JSON. `area` defaults to the area of the box, `iscrowd` to no crowd.
+    image_ids, category_ids: those that count; by default all images (also those without boxes) and categories of the
+    file.
     evaluator: both give the same bits; pycocotools takes about a minute for 500,000 detections.
     Raises DataError for a file that cannot be used, ValueError for ids that it does not have and for detections that
     are not finite or have a negative size.
     """
-    instances = _decode(annotation_file, _Instances, "COCO instances, {images, categories, annotations}")
+    instances = read_instances(annotation_file)
     names = {category.id: category.name for category in instances.categories}
     if len(set(names.values())) != len(instances.categories):
         raise DataError(f"{annotation_file}: categories: expected every id and every name once")
@@ -210,9 +187,9 @@ def format_scores(scores: CocoScores, *, per_class: bool = False) -> str:
 
 
 def write_results(detections: DetectionTable, path: Path) -> None:
-    """Writes COCO's result format, one object per detection; the file appears whole or not at all.
+    """Write COCO's result format, one object per detection; the file appears as a whole or not at all.
 
-    Numbers keep their last bit, so that scoring the file gives the same bits as scoring the table.
+    Numbers keep every bit: scoring the file gives the same bits as scoring the table.
     """
     _check_table(detections)
     rows = zip(
@@ -227,8 +204,8 @@ def write_results(detections: DetectionTable, path: Path) -> None:
 
 
 def read_results(path: Path) -> DetectionTable:
-    """The detections of a COCO result file, in its order. Raises DataError where it is not one."""
-    rows = _decode(path, list[_Result], "COCO results, a list of {image_id, category_id, bbox, score}")
+    """Detections of a COCO result file, in its order. Raises DataError for any other file."""
+    rows = decode_json(path, list[_Result], "COCO results, a list of {image_id, category_id, bbox, score}")
     table = DetectionTable(
         image_ids=np.array([row.image_id for row in rows], np.int64),
         boxes_xywh=np.array([row.bbox for row in rows], np.float64).reshape(-1, 4),
@@ -240,15 +217,6 @@ def read_results(path: Path) -> DetectionTable:
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     return table
-
-
-def _decode(path: Path, kind: type[T], expectation: str) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: expected {expectation}: {error}") from None
 
 
 def _check_table(table: DetectionTable) -> None:
@@ -272,9 +240,9 @@ def _check_table(table: DetectionTable) -> None:
 
 
 def _normalise(
-    annotations: list[_Annotation], detections: DetectionTable, *, images: np.ndarray, categories: np.ndarray
+    annotations: list[Annotation], detections: DetectionTable, *, images: np.ndarray, categories: np.ndarray
 ) -> _Problem:
-    """The problem of the given images and categories (sorted ids). Their order, which decides ties, stays."""
+    """The problem of some images and categories (sorted ids). Detections keep their order, which decides ties."""
     truth_images = np.array([annotation.image_id for annotation in annotations], np.int64)
     truth_categories = np.array([annotation.category_id for annotation in annotations], np.int64)
     truths = np.flatnonzero(np.isin(truth_images, images) & np.isin(truth_categories, categories))
@@ -353,6 +321,6 @@ def _curves_of_pycocotools(problem: _Problem) -> dict[str, np.ndarray]:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the values that exist, in pycocotools' order of summation, or -1."""
+    """Mean of the values above -1, in pycocotools' order of summation, or -1."""
     values = values[values > -1]
     return float(values.mean()) if len(values) else -1.0

@@ -1,4 +1,4 @@
-"""From images to detections: one image's worth, a whole data set's, or a folder's."""
+"""A network with the rules that turn its predictions into detections: of a batch, of many images, of a data set."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,10 @@ from dali_pipelines.batch import EvalBatch
 from ssd_fast.checkpoints.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
 from ssd_fast.checkpoints.weights import load_weights, read_torch_file
 from ssd_fast.config import Config, DetectionConfig
-from ssd_fast.data.coco import Category, CocoSet, DataError
+from ssd_fast.data.annotations import Category
+from ssd_fast.data.boxes import ltrb_to_xywh
+from ssd_fast.data.coco import CocoSet
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
 from ssd_fast.hardware import compute_dtype
@@ -25,7 +28,7 @@ from ssd_fast.timing import NULL_TIMELINE, NullTimeline
 
 
 class Detector:
-    """A network with all that turns its predictions into boxes."""
+    """A network, its anchors and the rules of detection."""
 
     def __init__(
         self,
@@ -36,7 +39,11 @@ class Detector:
         categories: tuple[Category, ...],
         dtype: torch.dtype,
     ) -> None:
-        """model, anchors_cxcywh: on the device that is to compute, in `dtype` under autocast."""
+        """Make a detector.
+
+        model, anchors_cxcywh: on the device that computes. dtype: float32, or the type of autocast.
+        categories: class of label k is categories[k - 1].
+        """
         self.model = model
         self.anchors_cxcywh = anchors_cxcywh
         self.detection = detection
@@ -45,14 +52,15 @@ class Detector:
 
     @torch.inference_mode()
     def detect(self, images: Tensor, timeline: NullTimeline = NULL_TIMELINE) -> kernels.Detections:
-        """Detections of a batch of normalised images [B, 3, S, S]; the model's mode (train, eval) is restored after.
+        """Return the detections of a batch of normalised images [B, 3, S, S].
 
-        timeline: gets the regions MODEL and DECODING.
+        A model in training mode is in it again afterwards.
+        timeline: receives the regions MODEL and DECODING.
         """
         autocast = self.dtype != torch.float32
         was_training = self.model.training
         with timeline.region(MODEL):
-            if was_training:  # else its many modules would be walked twice for each batch
+            if was_training:  # only then: eval() and train() walk through all modules
                 self.model.eval()
             with torch.autocast(images.device.type, dtype=self.dtype, enabled=autocast):
                 predictions = self.model(images if autocast else images.float())
@@ -75,10 +83,11 @@ class Detector:
         category_ids: np.ndarray | None = None,
         timeline: NullTimeline = NULL_TIMELINE,
     ) -> DetectionTable:
-        """Detections of many images in pixels, read from the device once, at the end.
+        """Return the detections of many images, in pixels. They are read from the device once, at the end.
 
-        category_ids: [K] int64, the id to report for label k + 1; left out, the categories' own.
-        timeline: gets the regions PREPROCESSING (which for the most part runs beside the model), MODEL and DECODING.
+        category_ids: [K] int64, the id to report for label k + 1; None for the ids of the detector's categories.
+        timeline: receives the regions PREPROCESSING (the part of it that did not overlap with the model), MODEL and
+            DECODING.
         """
         found, image_ids, sizes_hw = [], [], []
         for batch in timeline.waits(batches, PREPROCESSING):
@@ -92,15 +101,15 @@ class Detector:
     def detect_set(
         self, batches: Iterable[EvalBatch], coco_set: CocoSet, world: World, timeline: NullTimeline = NULL_TIMELINE
     ) -> DetectionTable:
-        """On rank 0 the detections of all ranks' batches, in the order of the set; elsewhere those of its own alone."""
+        """Return the detections of all ranks' batches in the order of the set; on other ranks than 0, of its own."""
         table = self.detect_all(batches, self.category_ids_in(coco_set), timeline)
         tables = world.gather(table)
         return _merge(tables, coco_set.images.image_ids) if world.is_main else table
 
     def category_ids_in(self, coco_set: CocoSet) -> np.ndarray:
-        """[K] int64, the ids that a set gives the network's categories.
+        """Return [K] int64, the ids that a set gives to the network's categories, by their names.
 
-        Raises DataError when the set lacks one.
+        Raises DataError when the set lacks a category.
         """
         ids = {category.name: category.id for category in coco_set.categories}
         missing = [category.name for category in self.categories if category.name not in ids]
@@ -124,17 +133,16 @@ def _to_table(
     sizes = torch.cat(sizes_hw).numpy()[:, [1, 0, 1, 0]]
     boxes = boxes * sizes[:, None, :]
     used = np.arange(boxes.shape[1]) < counts[:, None]  # [N, D]
-    boxes_ltrb = boxes[used]
     return DetectionTable(
         image_ids=np.repeat(torch.cat(image_ids).numpy(), counts),
-        boxes_xywh=np.concatenate([boxes_ltrb[:, :2], boxes_ltrb[:, 2:] - boxes_ltrb[:, :2]], axis=1),
+        boxes_xywh=ltrb_to_xywh(boxes[used]),
         scores=scores[used],
         category_ids=category_ids[labels[used] - 1],
     )
 
 
 def _merge(tables: list[DetectionTable], image_ids: np.ndarray) -> DetectionTable:
-    """One table of many, sorted by the position of the image; within an image rows keep their order."""
+    """Return one table, sorted by the positions of the images; the rows of an image keep their order."""
     table = DetectionTable(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
     order = np.argsort(image_ids)
     positions = order[np.searchsorted(image_ids[order], table.image_ids)]
@@ -150,11 +158,12 @@ def load_detector(
     overrides: Sequence[str] = (),
     categories: tuple[Category, ...] | None = None,
 ) -> tuple[Detector, Config]:
-    """A detector, from a checkpoint of this program or from weights of the MLPerf reference, and its recipe.
+    """Return a detector and its configuration.
 
-    config: left out, the checkpoint's own, with overrides ("section.key=value" each).
-    categories: class names for the reference's weights, which hold neither these nor a recipe.
-    Raises ValueError, naming the file, when something does not fit.
+    path: checkpoint of this program, or weights of the MLPerf reference.
+    config: None for the checkpoint's own configuration, changed by overrides ("section.key=value" each).
+    categories: classes for weights of the reference, which hold neither class names nor a configuration.
+    Raises ValueError that names the file and what does not fit.
     """
     content = read_torch_file(path)
     weights: Mapping[str, Any]
@@ -164,8 +173,8 @@ def load_detector(
         categories, weights = checkpoint.categories, checkpoint.model
     elif config is None or categories is None:
         raise CheckpointError(
-            f"{path}: holds weights only: expected --config, for a recipe, and a COCO annotation file, for class names "
-            "(evaluate: that of --data; detect: --annotations)"
+            f"{path}: holds weights only: expected a recipe (--config) and a COCO annotation file with class names "
+            "(--annotations; evaluate and benchmark read that of --data)"
         )
     else:
         weights = content
@@ -178,7 +187,7 @@ def load_detector(
 
 
 def make_detector(model: SSD, config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:
-    """A detector of a network, which is moved to the device."""
+    """Return a detector of a network, which is moved to the device."""
     return Detector(
         on_device(model, device).eval(),
         model_anchors(config.model).to(device),
@@ -189,6 +198,6 @@ def make_detector(model: SSD, config: Config, categories: tuple[Category, ...], 
 
 
 def make_random_detector(config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:
-    """A detector of random weights, which detects nothing in particular: its time can be measured."""
+    """Return a detector of random weights, to measure its time. Its detections mean nothing."""
     torch.manual_seed(config.training.seed)
     return make_detector(SSD(config.model, num_classes=len(categories)), config, categories, device)

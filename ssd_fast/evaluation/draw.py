@@ -1,4 +1,4 @@
-"""Detections drawn on images, one at a time or side by side."""
+"""Drawings of detections on one image, or of many images in a grid."""
 
 import colorsys
 import io
@@ -16,20 +16,20 @@ from PIL import Image, ImageDraw, ImageFont
 from ssd_fast.files import write_atomically
 
 Colour = tuple[int, int, int]
-Area = tuple[int, int, int, int]  # first and last column and row of pixels: left, top, right, bottom
+Area = tuple[int, int, int, int]  # left, top, right, bottom: first and last column and row of pixels, inclusive
 
 _BLACK: Colour = (0, 0, 0)
 _WHITE: Colour = (255, 255, 255)
 
 
 class GridCell(NamedTuple):
-    """An image of a grid, with what is on it and what was found.
+    """One image of a grid, with its ground truths and detections.
 
-    image: any size.
+    image: of any size.
     truth_boxes_ltrb, boxes_ltrb: [G, 4] and [D, 4], pixels of image.
     truth_labels, labels: G and D class names.
     scores: [D].
-    caption: a line of text; what is too long is cut.
+    caption: a line of text, cut if it is too long.
     """
 
     image: Image.Image
@@ -50,12 +50,13 @@ def draw_detections(
     class_names: Sequence[str] = (),
     font_size: int | None = None,
 ) -> Image.Image:
-    """An RGB copy of an image with boxes, class names and scores on it.
+    """Return an RGB copy of an image with boxes, class names and scores.
 
-    boxes_ltrb: [D, 4], pixels, finite; parts outside the image are cut off, boxes wholly outside are left out.
-    labels: D class names. scores: [D], drawn best on top; left out, the first is on top.
-    class_names: all classes; those named get colours far apart, others one that follows from the name alone.
-    font_size: pixels; left out, it follows from the image's size, as the width of the lines does.
+    boxes_ltrb: [D, 4], pixels, finite. Boxes are cut to the image; a box outside it is left out.
+    labels: D class names.
+    scores: [D]; the best box is on top. None draws no scores, and the first box is on top.
+    class_names: classes that get colours far apart. The colour of any other class follows from its name alone.
+    font_size: pixels; None derives it from the image's size, like the width of the lines.
     """
     canvas = image.convert("RGB")
     boxes = _checked_boxes(boxes_ltrb, labels)
@@ -90,9 +91,9 @@ def draw_grid(
     cell_size: tuple[int, int] = (400, 300),
     class_names: Sequence[str] = (),
 ) -> None:
-    """Writes images side by side: what was found as lines in the colour of its class, ground truths as dashed ones.
+    """Write images side by side, with detections as solid boxes and ground truths as dashed ones.
 
-    cells: at least one. path: PNG, or JPEG (a sixth of the size) where it ends so.
+    cells: at least one. path: a JPEG file if it ends in .jpg or .jpeg, else a PNG file, six times as large.
     cell_size: width and height in pixels that each image is scaled to fit.
     class_names: as for draw_detections.
     """
@@ -130,7 +131,7 @@ def _checked_boxes(boxes_ltrb: np.ndarray, labels: Sequence[str]) -> np.ndarray:
 
 
 def _visible_pixels(box_ltrb: np.ndarray, size: tuple[int, int]) -> Area | None:
-    """First and last column and row (left, top, right, bottom) of a box inside an image, or None."""
+    """Return the pixels of a box inside an image, or None if it lies outside."""
     width, height = size
     left, top, right, bottom = (float(side) for side in box_ltrb)
     if right < left or bottom < top or left >= width or top >= height or right <= 0 or bottom <= 0:
@@ -140,7 +141,7 @@ def _visible_pixels(box_ltrb: np.ndarray, size: tuple[int, int]) -> Area | None:
 
 
 def _draw_outline(draw: ImageDraw.ImageDraw, pixels: Area, colour: Colour, width: int) -> None:
-    """A line along the inside of the box, with a thin dark one inside it where there is room."""
+    """Draw a line along the inside of the box and, if there is room, a thin dark line inside of it."""
     left, top, right, bottom = pixels
     draw.rectangle(pixels, outline=colour, width=width)
     if width > 1 and min(right - left, bottom - top) > 6 * width:
@@ -148,9 +149,9 @@ def _draw_outline(draw: ImageDraw.ImageDraw, pixels: Area, colour: Colour, width
 
 
 def _place_label(box: Area, size: tuple[int, int], canvas: tuple[int, int], taken: Sequence[Area]) -> Area | None:
-    """Where a label covers the least of other labels: over, in or under its box, wholly inside the image.
+    """Return the place over, in or under its box where a label covers the least of other labels, inside the image.
 
-    None where it would hide a third of its own size of them: in a crowd, fewer labels tell more.
+    Return None if it would cover more than a third of its own size: in a crowd, fewer labels tell more.
     """
     left, top, right, bottom = box
     width, height = size
@@ -180,7 +181,7 @@ def _padding(font: ImageFont.FreeTypeFont) -> int:
 
 
 def _fitting_text(text: str, font: ImageFont.FreeTypeFont, canvas: tuple[int, int]) -> tuple[str, tuple[int, int]]:
-    """The text, cut to the image's width, and the size of its label; empty where not even a line fits."""
+    """Return the text, cut to the image's width, and the size of its label. The text is empty if no line fits."""
     height = sum(font.getmetrics())
     if height > canvas[1]:
         return "", (0, 0)
@@ -189,7 +190,7 @@ def _fitting_text(text: str, font: ImageFont.FreeTypeFont, canvas: tuple[int, in
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    text = " ".join(text.split())  # a line break cannot be measured
+    text = " ".join(text.split())  # getlength cannot measure line breaks
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -199,12 +200,12 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own sans serif: it has more alphabets than Pillow's."""
+    """Return the font that matplotlib brings along: it covers more alphabets than Pillow's."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
 def _colour_of(name: str, class_names: Sequence[str]) -> Colour:
-    """Hues a golden section apart, so that any number of first classes are told apart well."""
+    """Return the colour of a class. Hues are a golden section apart, so that the first n classes differ well."""
     index = class_names.index(name) if name in class_names else zlib.crc32(name.encode())
     hue = (0.33 + index * 0.618034) % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.6, 1.0)[index % 3], (1.0, 1.0, 0.8)[index % 3])
@@ -227,7 +228,7 @@ def _draw_cell(cell: GridCell, cell_size: tuple[int, int], class_names: Sequence
 
 
 def _draw_dashes(draw: ImageDraw.ImageDraw, pixels: Area, colour: Colour) -> None:
-    """A rectangle of white and coloured dashes, visible on any ground."""
+    """Draw a rectangle of white and coloured dashes, which is visible on any background."""
     left, top, right, bottom = pixels
     draw.rectangle(pixels, outline=_WHITE, width=2)
     for start in range(left, right + 1, 10):

@@ -1,14 +1,16 @@
-"""The detector in ONNX, alone or with what turns its predictions into detections. Owner of ONNX's packages.
+"""Export of a detector as ONNX: the network alone, or with decoding and non-maximum suppression.
 
-The model is made of standard operators of opset 18, in float32, for a batch of any size. Decoding keeps to the rules of
-`kernels.decode_nms`, down to IoUs equal to the threshold and the order of equal scores, where numbers are finite.
+Owner of ONNX's packages. The file consists of standard operators of opset 18, in float32, and takes any batch size.
+Decoding follows the rules of `kernels.decode_nms`, including IoUs equal to the threshold and the order of equal scores,
+as long as all numbers are finite.
 """
 
 import importlib.util
 import json
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +18,23 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.boxes import CENTRE_VARIANCE, SIZE_VARIANCE
-from ssd_fast.config import DetectionConfig
-from ssd_fast.evaluation.detector import Detector
+from ssd_fast.config import Config, DetectionConfig
+from ssd_fast.data.annotations import read_categories
+from ssd_fast.evaluation.detector import Detector, load_detector
+from ssd_fast.files import write_atomically
 from ssd_fast.model.ssd import SSD, Predictions
 
-_NETWORK_TOLERANCE = 1e-4  # of an output's largest value
+_NETWORK_TOLERANCE = 1e-4  # as a fraction of an output's largest value
 _SCORE_TOLERANCE, _BOX_TOLERANCE = 1e-4, 1e-3
-_SHARE_TO_AGREE = 0.99  # a score or an IoU within rounding of its threshold may decide otherwise
+_SHARE_TO_AGREE = 0.99  # rounding may decide differently where a score or an IoU is close to its threshold
 
 
 class ExportError(ValueError):
-    """A detector that cannot be had in ONNX, or one that computes something else there; the message says why."""
+    """A detector that ONNX cannot express, or an ONNX file whose results differ; the message says why."""
 
 
 class _Decoding(nn.Module):
-    """A network and the operator that turns its predictions into detections."""
+    """A network followed by the operator that decodes its predictions."""
 
     anchors_cxcywh: Tensor
 
@@ -45,13 +49,49 @@ class _Decoding(nn.Module):
         return kernels.decode_nms(deltas, logits, self.anchors_cxcywh, **self.detection.model_dump())
 
 
-def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
-    """What an ONNX file of a detector holds.
+class Exported(NamedTuple):
+    """num_bytes: size of the file. agreement: the result of `check_onnx`."""
 
-    detector: on the CPU. The input is `images`, [B, 3, S, S] float32, normalised; outputs are `deltas` and `logits`, as
-    `Predictions`, or with_decode `boxes_ltrb`, `scores`, `labels` and `counts`, as `kernels.Detections`. The categories
-    are in the metadata, as JSON.
-    Raises ExportError when a package is missing or ONNX cannot follow the configuration.
+    num_bytes: int
+    agreement: str | None
+
+
+def export_onnx(
+    checkpoint: Path,
+    output: Path,
+    *,
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+    annotations: Path | None = None,
+    with_decode: bool = False,
+) -> Exported:
+    """Write the detector of a checkpoint to an ONNX file, after comparing it with PyTorch.
+
+    checkpoint, config, overrides: as for `load_detector`.
+    annotations: COCO JSON with the class names, for weights of the MLPerf reference.
+    with_decode: include decoding and non-maximum suppression.
+    Raises ValueError for a checkpoint that cannot be used, and ExportError.
+    """
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: expected a file in a folder that exists")
+    categories = read_categories(annotations) if annotations else None
+    detector, _ = load_detector(
+        checkpoint, torch.device("cpu"), config=config, overrides=overrides, categories=categories
+    )
+    content = to_onnx(detector, with_decode=with_decode)
+    agreement = check_onnx(content, detector, with_decode=with_decode)
+    write_atomically(output, content)
+    return Exported(len(content), agreement)
+
+
+def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
+    """Return the content of an ONNX file.
+
+    detector: on the CPU.
+    The file's input is `images` [B, 3, S, S] float32, normalised. Its outputs are `deltas` and `logits`, as in
+    `Predictions`, or with_decode `boxes_ltrb`, `scores`, `labels` and `counts`, as in `kernels.Detections`. Metadata
+    hold the categories as JSON.
+    Raises ExportError when a package is missing or ONNX cannot express the configuration.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -63,10 +103,10 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
     module, outputs = _module(detector, with_decode=with_decode)
     size = detector.model.config.image_size
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch, about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         program = torch.onnx.export(
             module,
-            (torch.zeros(2, 3, size, size),),  # traced, not computed; a batch of one would be taken for a constant
+            (torch.zeros(2, 3, size, size),),  # traced, not computed; a batch of one would become a constant
             input_names=["images"],
             output_names=outputs,
             dynamic_shapes={"images": {0: "batch"}},
@@ -76,7 +116,7 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
             verbose=False,
         )
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # where in the source each operator comes from
+    ClearMetadataAndDocStringPass()(program.model)  # removes the source line of each operator
     content = program.model_proto
     categories = json.dumps([category._asdict() for category in detector.categories])
     content.metadata_props.add(key="categories", value=categories)
@@ -84,9 +124,10 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
 
 
 def check_onnx(content: bytes, detector: Detector, *, with_decode: bool, batch_size: int = 1) -> str | None:
-    """How closely onnxruntime follows PyTorch on random images, in words; None where it is not installed.
+    """Compare onnxruntime with PyTorch on random images; return the result as a sentence.
 
-    content, with_decode: what `to_onnx` gave, and for what.
+    Return None if onnxruntime is not installed.
+    content: of `to_onnx` with the same detector and with_decode.
     Raises ExportError when predictions differ by more than 1e-4 of the largest one, or when fewer than 99% of the
     detections are the same.
     """
@@ -112,7 +153,7 @@ def check_onnx(content: bytes, detector: Detector, *, with_decode: bool, batch_s
 
 
 def _module(detector: Detector, *, with_decode: bool) -> tuple[nn.Module, tuple[str, ...]]:
-    """What is exported, and the names of its outputs."""
+    """Return the module to export and the names of its outputs."""
     if not with_decode:
         return detector.model.eval(), Predictions._fields
     decoding = _Decoding(detector.model, detector.anchors_cxcywh, detector.detection)
@@ -139,10 +180,10 @@ def _decode_nms(
     max_per_class: int,
     max_detections: int,
 ) -> tuple[Any, Any, Any, Any]:
-    """ONNX operators for `torch.ops.ssd_fast.decode_nms`; tensors are those of the graph that is being made."""
+    """Translate `torch.ops.ssd_fast.decode_nms` to ONNX operators; all tensors are symbols of the graph."""
     from onnxscript import opset18
 
-    op: Any = opset18  # its hints know no Python numbers, which it takes
+    op: Any = opset18  # takes Python numbers, which its type hints do not allow
     _, num_anchors, num_logits = logits.shape
     num_classes = num_logits - 1
 
@@ -159,14 +200,14 @@ def _decode_nms(
     nothing = op.Mul(by_class, 0.0)
     best_scores, best_anchors = op.TopK(by_class, [min(max_per_class, num_anchors)], axis=-1)
     entering = op.ScatterElements(nothing, best_anchors, best_scores, axis=-1)
-    # ONNX drops an IoU above its threshold, decode_nms from the threshold on: that is above the number just before it.
+    # ONNX drops IoUs above its threshold, decode_nms those at or above it: lower the threshold by one bit.
     threshold_before = float(np.nextafter(np.float32(iou_threshold), np.float32(0)))
     kept = op.NonMaxSuppression(  # [N, 3]: image, class, anchor
         boxes_ltrb, entering, [max_per_class], threshold_before, score_threshold
     )
-    survivors = op.ScatterND(nothing, kept, op.GatherND(by_class, kept))  # [B, K, A], the others 0
+    survivors = op.ScatterND(nothing, kept, op.GatherND(by_class, kept))  # [B, K, A], 0 where suppressed
 
-    # Of equal scores TopK takes the lower place first: the lower anchor, then the lower class.
+    # Among equal scores TopK prefers the lower place: the lower anchor, then the lower class.
     flat = op.Reshape(op.Transpose(survivors, perm=[0, 2, 1]), [0, num_anchors * num_classes])
     best, places = op.TopK(flat, [max_detections], axis=-1)  # [B, D] each
     found = op.Greater(best, 0.0)

@@ -1,48 +1,163 @@
-"""Detection on a user's own images: annotated copies and one JSON file."""
+"""Detection on a user's own images: from Python, or from files to annotated copies and one JSON file."""
 
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from dali_pipelines.batch import LabelledImages
+from dali_pipelines.arrays import ArrayLoader
+from dali_pipelines.batch import EvalBatch, LabelledImages
+from dali_pipelines.evaluate import EvalLoader
 from ssd_fast.config import Config
+from ssd_fast.data.annotations import read_categories
+from ssd_fast.data.boxes import xywh_to_ltrb
+from ssd_fast.data.images import find_images
 from ssd_fast.data.loaders import make_eval_loader
-from ssd_fast.evaluation.detector import Detector
+from ssd_fast.distributed.world import World
+from ssd_fast.evaluation.coco_eval import DetectionTable
+from ssd_fast.evaluation.detector import Detector, load_detector
 from ssd_fast.evaluation.draw import draw_detections
 from ssd_fast.files import write_atomically
+from ssd_fast.hardware import input_threads, usable_cores
 from ssd_fast.progress import track
 from ssd_fast.timing import Timeline
 
 RESULTS = "detections.json"
 
+ImageInput: TypeAlias = str | Path | Image.Image | np.ndarray
+"""An image file, a PIL image, or a uint8 array [H, W, 3] RGB."""
 
-def detect_images(
-    detector: Detector,
-    config: Config,
-    images: LabelledImages,
+
+class ImageDetections(NamedTuple):
+    """The detections on one image, best first.
+
+    boxes_ltrb: [D, 4] float64, pixels of the upright image: left, top, right, bottom. A box may reach over the edge.
+    scores: [D] float64, probabilities.
+    labels: D class names.
+    image: the image file, or the image.
+    class_names: all classes that the network knows.
+    """
+
+    boxes_ltrb: np.ndarray
+    scores: np.ndarray
+    labels: list[str]
+    image: Path | Image.Image
+    class_names: tuple[str, ...]
+
+    def draw(self, min_score: float = 0.3) -> Image.Image:
+        """Return a copy of the image with the boxes of at least this score, their class names and scores."""
+        image = _read_upright(self.image) if isinstance(self.image, Path) else self.image
+        rows = np.flatnonzero(self.scores >= min_score)
+        labels = [self.labels[row] for row in rows]
+        return draw_detections(image, self.boxes_ltrb[rows], labels, self.scores[rows], class_names=self.class_names)
+
+
+class ImageDetector:
+    """A detector to call with images; `ssd_fast.load_detector` makes one.
+
+    categories, config: class ids and names in label order, and the configuration of the network.
+    """
+
+    def __init__(self, detector: Detector, config: Config, device: torch.device) -> None:
+        """Wrap a detector whose network is on the device."""
+        self.categories = detector.categories
+        self.config = config
+        self._detector = detector
+        self._device = device
+        self._array_loader: ArrayLoader | None = None
+
+    @overload
+    def __call__(self, images: ImageInput) -> ImageDetections: ...  # type: ignore[overload-overlap]  # a str is one path
+
+    @overload
+    def __call__(self, images: Sequence[ImageInput]) -> list[ImageDetections]: ...
+
+    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> ImageDetections | list[ImageDetections]:
+        """Return the detections on an image, or a list of them for a list or tuple of images.
+
+        Files are decoded as on the command line. Images are turned upright as their EXIF entry says.
+        Raises ValueError for what is not an image of 8 bits per channel.
+        """
+        given = images if isinstance(images, (list, tuple)) else [images]
+        inputs = [_check_input(image, f"image {number} of {len(given)}") for number, image in enumerate(given, 1)]
+        files = [image for image in inputs if isinstance(image, Path)]
+        pixels = [image for image in inputs if isinstance(image, Image.Image)]
+        of_files = iter(self._detect(self._file_batches(files), files) if files else ())
+        of_pixels = iter(self._detect(self._pixel_batches(pixels), pixels) if pixels else ())
+        found = [next(of_files if isinstance(image, Path) else of_pixels) for image in inputs]
+        return found if isinstance(images, (list, tuple)) else found[0]
+
+    def _detect(self, batches: Iterable[EvalBatch], sources: Sequence[Path | Image.Image]) -> list[ImageDetections]:
+        table = self._detector.detect_all(batches)
+        names = {category.id: category.name for category in self.categories}
+        results = []
+        for index, source in enumerate(sources):
+            rows = np.flatnonzero(table.image_ids == index)
+            results.append(
+                ImageDetections(
+                    boxes_ltrb=xywh_to_ltrb(table.boxes_xywh[rows]),
+                    scores=table.scores[rows],
+                    labels=[names[category_id] for category_id in table.category_ids[rows].tolist()],
+                    image=source,
+                    class_names=tuple(names.values()),
+                )
+            )
+        return results
+
+    def _file_batches(self, files: Sequence[Path]) -> EvalLoader:
+        return _make_loader(self.config, find_images(files, bad_images="error"), self._device)
+
+    def _pixel_batches(self, images: Sequence[Image.Image]) -> Iterable[EvalBatch]:
+        if self._array_loader is None:
+            self._array_loader = ArrayLoader(
+                image_size=self.config.model.image_size,
+                batch_size=self.config.evaluation.batch_size,
+                device=self._device,
+                num_threads=input_threads(self.config.data.num_threads, usable_cores()),
+            )
+        return self._array_loader.batches([np.asarray(image) for image in images])
+
+
+class FilesDetected(NamedTuple):
+    """num_images: number of images. parts: seconds of each part of the work, as in `timing.Timeline.parts`."""
+
+    num_images: int
+    parts: Mapping[str, Sequence[float]]
+
+
+def detect_files(
+    checkpoint: Path,
+    paths: Iterable[Path],
     output: Path,
     *,
-    device: torch.device,
-    drawn_score: float,
-) -> Timeline:
-    """Writes an annotated copy of every image to a folder, and all detections to detections.json in it.
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+    annotations: Path | None = None,
+    drawn_score: float = 0.3,
+) -> FilesDetected:
+    """Write an annotated copy of every image to a folder, and all detections to detections.json in it.
 
     The JSON is a list with an object per image: file, annotated (its copy), width and height (pixels, after EXIF
     rotation) and detections, best first: category_id, category, score, bbox [x, y, width, height] in pixels.
 
-    images: as find_images gives them.
-    drawn_score: detections under this probability are in the JSON only.
-    Returns where the time went.
+    checkpoint, config, overrides: as for `load_detector`.
+    paths: image files, folders of them, or patterns. output: folder, made if missing.
+    annotations: COCO JSON with the class names, for weights of the MLPerf reference.
+    drawn_score: detections under this probability are written to the JSON only.
     """
+    device = World().device()
+    categories = read_categories(annotations) if annotations else None
+    detector, config = load_detector(checkpoint, device, config=config, overrides=overrides, categories=categories)
+    images = find_images(paths, bad_images=config.data.bad_images)
     timeline = Timeline(device, time.perf_counter())
     output.mkdir(parents=True, exist_ok=True)
-    loader = make_eval_loader(config, images, device, apply_orientation=True)
+    loader = _make_loader(config, images, device)
     timeline.settle("preparing")
     table = detector.detect_all(track(loader, "detecting", total=len(loader)), timeline=timeline)
     loader.close()
@@ -50,53 +165,77 @@ def detect_images(
     names = {category.id: category.name for category in detector.categories}
     results = []
     for index, copy_name in enumerate(track(_copy_names(images.file_names), "drawing")):
-        file_name, (height, width) = images.file_names[index], images.sizes_hw[index].tolist()
         rows = np.flatnonzero(table.image_ids == index)
-        found = [
-            {"category_id": category_id, "category": names[category_id], "score": score, "bbox": box}
-            for category_id, score, box in zip(
-                table.category_ids[rows].tolist(),
-                table.scores[rows].tolist(),
-                table.boxes_xywh[rows].tolist(),
-                strict=True,
-            )
-        ]
+        found = DetectionTable(*(column[rows] for column in table))
+        file_name, (height, width) = images.file_names[index], images.sizes_hw[index].tolist()
         image = {"file": file_name, "annotated": copy_name, "width": width, "height": height}
-        results.append(image | {"detections": found})
-        drawn = rows[table.scores[rows] >= drawn_score]
-        boxes_xywh = table.boxes_xywh[drawn]
-        _write_annotated(
-            Path(file_name),
-            output / copy_name,
-            boxes_ltrb=np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1),
-            labels=[names[category_id] for category_id in table.category_ids[drawn].tolist()],
-            scores=table.scores[drawn],
-            class_names=list(names.values()),
-        )
+        results.append(image | {"detections": _describe(found, names)})
+        _write_annotated(Path(file_name), output / copy_name, found, names, drawn_score)
     write_atomically(output / RESULTS, json.dumps(results, indent=1).encode())
     timeline.settle("drawing")
-    return timeline
+    return FilesDetected(len(images.file_names), timeline.parts())
+
+
+def _make_loader(config: Config, images: LabelledImages, device: torch.device) -> EvalLoader:
+    """Return a pass over images, upright. The pipeline would fill up a batch that is larger than their number."""
+    batch_size = min(config.evaluation.batch_size, len(images.file_names))
+    evaluation = config.evaluation.model_copy(update={"batch_size": batch_size})
+    return make_eval_loader(
+        config.model_copy(update={"evaluation": evaluation}), images, device, apply_orientation=True
+    )
+
+
+def _check_input(image: object, name: str) -> Path | Image.Image:
+    """Return the path of a file, or an upright RGB image. name: of the image in an error."""
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise ValueError(f"{image}: no such file: expected an image file")
+        return Path(image)
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{name}: a PIL image of mode {image.mode}: expected one of 8 bits per channel")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    if not isinstance(image, np.ndarray):
+        found = type(image).__name__
+    elif image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return Image.fromarray(image)
+    else:
+        found = f"an array of {image.dtype} {list(image.shape)}"
+    raise ValueError(f"{name}: {found}: expected a path, a PIL image, or a uint8 array [H, W, 3] RGB")
+
+
+def _describe(found: DetectionTable, names: Mapping[int, str]) -> list[dict[str, object]]:
+    """Return an object of detections.json for each detection on an image. names: by category id."""
+    rows = zip(found.category_ids.tolist(), found.scores.tolist(), found.boxes_xywh.tolist(), strict=True)
+    return [
+        {"category_id": category_id, "category": names[category_id], "score": score, "bbox": box}
+        for category_id, score, box in rows
+    ]
 
 
 def _write_annotated(
-    source: Path,
-    target: Path,
-    *,
-    boxes_ltrb: np.ndarray,
-    labels: Sequence[str],
-    scores: np.ndarray,
-    class_names: Sequence[str],
+    source: Path, target: Path, found: DetectionTable, names: Mapping[int, str], drawn_score: float
 ) -> None:
-    with Image.open(source) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+    drawn = found.scores >= drawn_score
+    image = draw_detections(
+        _read_upright(source),
+        xywh_to_ltrb(found.boxes_xywh[drawn]),
+        [names[category_id] for category_id in found.category_ids[drawn].tolist()],
+        found.scores[drawn],
+        class_names=list(names.values()),
+    )
     buffer = io.BytesIO()
-    drawn = draw_detections(upright, boxes_ltrb, labels, scores, class_names=class_names)
-    drawn.save(buffer, format="JPEG", quality=90)
+    image.save(buffer, format="JPEG", quality=90)
     write_atomically(target, buffer.getvalue())
 
 
+def _read_upright(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
 def _copy_names(file_names: Sequence[str]) -> list[str]:
-    """A name for each annotated copy: the image's own, numbered where two folders hold the same."""
+    """Return the file name of each annotated copy: that of the image, numbered where two images have the same."""
     names: list[str] = []
     for file_name in file_names:
         stem, number = Path(file_name).stem, 1

@@ -1,7 +1,7 @@
-"""COCO's numbers computed by another process, while this one goes on training.
+"""COCO's numbers, computed by another process while this one continues training.
 
-That process lives for one evaluation: it is there within half a second, for it does not import torch, and ends by
-itself when this one is killed.
+That process serves one evaluation. It starts within half a second, because it does not import torch, and it ends by
+itself when this process is killed.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from ssd_fast.evaluation.coco_eval import CocoScores, DetectionTable, score, wri
 
 
 class ScoringRequest(NamedTuple):
-    """What is to be scored.
+    """Detections to be scored.
 
     category_ids: the ids of the annotation file that count.
     results_file: written with the detections, in COCO's result format.
@@ -29,7 +29,7 @@ class ScoringRequest(NamedTuple):
 
 
 class Scoring:
-    """One evaluation that is being scored."""
+    """An evaluation whose score is being computed."""
 
     def __init__(self, request: ScoringRequest) -> None:
         self._process = subprocess.Popen(
@@ -43,11 +43,11 @@ class Scoring:
         self._thread.start()
 
     def is_done(self) -> bool:
-        """Whether the result is there, or will not come."""
+        """Whether the process has ended, with or without a result."""
         return not self._thread.is_alive()
 
     def result(self, timeout_s: float) -> CocoScores:
-        """The scores, waited for. Raises what scoring raised; ChildProcessError when the process has died or hangs."""
+        """Wait for the scores. Raises the error of scoring, or ChildProcessError when the process has died or hangs."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._process.kill()
@@ -66,7 +66,7 @@ class Scoring:
 
 
 def _serve() -> None:
-    """Answers the request on standard input with CocoScores, or with the error that its user can mend."""
+    """Answer the request on standard input with CocoScores, or with an error that the user can correct."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Slurm sends a step's signals to all of its processes
     request: ScoringRequest = pickle.load(sys.stdin.buffer)

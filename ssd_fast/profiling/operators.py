@@ -1,17 +1,18 @@
-"""What the operators cost, beside their plain versions and beside what one would use in their place.
+"""Times of the operators, beside their plain versions and beside what one would use in their place.
 
-All implementations of an operator get the same tensors in one process, and their calls take turns (A B C A B C ...), so
-that a machine that becomes slower does so for all of them. What is timed has been compared with the oracle first: a
-result that is not the oracle's ends the command. The inputs and the implementations are in `kernel_cases`.
+All implementations of an operator get the same tensors in one process, and their calls take turns (A B C A B C …), so
+that a machine that becomes slower does so for all of them. Each result is first compared with the oracle's: a wrong one
+ends the command. `operator_cases` makes the inputs and the implementations.
 
 On the CPU, times are the host's. On a GPU they are those of CUDA events, with the inputs out of the L2 cache and with
-work queued ahead of the host; except for DALI, whose own stream the host waits for: there they are the host's.
+work queued ahead of the host. DALI is the exception: the host waits for its own stream, hence its times are the host's.
 """
 
 import json
-import statistics
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -19,23 +20,25 @@ import torch
 import kernels
 from ssd_fast import hardware
 from ssd_fast.config import Config
-from ssd_fast.hardware import device_name, usable_cores
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.profiling.operator_cases import DIFFERENCE_UNITS, ORACLE, OURS, Case, Implementation, make_cases
+from ssd_fast.tables import Row, Table, format_pairs, format_table
+
+logger = logging.getLogger(__name__)
 
 _MIN_REPEATS, _SECONDS_EACH = 3, 1.0
 _FLUSHED_BYTES = 2**30
 
 
-class ProfileError(ValueError):
-    """An implementation whose result is not the oracle's; the message names it and the difference."""
+class ResultError(ValueError):
+    """A result that differs from the oracle's. The message names the implementation and the difference."""
 
 
 class Times(NamedTuple):
-    """How long an implementation takes.
+    """Times of one implementation.
 
-    samples_s: of every repeat; median_s and quartiles_s of these.
-    ratio: median_s / that of our operator. copy_share: the time to copy as many bytes / median_s.
+    samples_s: all repeats. ratio: median_s in units of our operator's.
+    copy_share: time to copy as many bytes, as a share of median_s.
     """
 
     samples_s: list[float]
@@ -45,11 +48,11 @@ class Times(NamedTuple):
     copy_share: float
 
 
-class Row(NamedTuple):
-    """What was measured of one implementation on one input.
+class Measurement(NamedTuple):
+    """One implementation on one input.
 
     bytes: of arguments and results, each counted once.
-    times: None where there is a failure, which says why.
+    times: None if the implementation cannot run here; then failure says why.
     difference: of the result from the oracle's, see DIFFERENCE_UNITS; None for the oracle itself.
     peak_bytes: most memory at one time beyond the arguments, results included; None where it was not measured.
     """
@@ -67,7 +70,7 @@ class Row(NamedTuple):
 
 
 class Environment(NamedTuple):
-    """Where and with what was measured. copy_bytes_per_s: bytes read and written by a large copy, per second."""
+    """The machine and the versions. copy_bytes_per_s: rate of a large copy, bytes read and written together."""
 
     device: str
     threads: int
@@ -77,37 +80,47 @@ class Environment(NamedTuple):
     copy_bytes_per_s: float
 
 
-def profile_kernels(
-    configs: Sequence[Config], device: torch.device, *, batch_size: int | None, repeats: int
-) -> tuple[Environment, Iterator[Row]]:
-    """Rows as they are measured, with the anchors of each configuration.
+class OperatorProfile(NamedTuple):
+    """Measurements of all operators, those of one input after another."""
 
-    batch_size: left out, 8 on the CPU; on a GPU 128, and 32 for more than 10,000 anchors.
-    repeats: of every implementation; fewer, but at least three, of what takes longer than a second in all.
-    Raises ProfileError when a result is not the oracle's.
+    environment: Environment
+    rows: list[Measurement]
+
+    def to_json(self) -> str:
+        """Everything that was measured, all samples included."""
+        rows = [row._asdict() | {"times": row.times and row.times._asdict()} for row in self.rows]
+        return json.dumps({"environment": self.environment._asdict(), "rows": rows}, indent=1)
+
+
+def profile_operators(
+    configs: Sequence[Config], device: torch.device, *, batch_size: int | None, repeats: int
+) -> OperatorProfile:
+    """Measure all operators with the anchors of each configuration.
+
+    batch_size: None for 8 on the CPU; on a GPU 128, and 32 for more than 10,000 anchors.
+    repeats: calls of every implementation; fewer, but at least three, where they would take longer than a second.
+    Raises ResultError when a result differs from the oracle's.
     """
     environment = Environment(
-        device=device_name(device, usable_cores()),
+        device=hardware.device_name(device, hardware.usable_cores()),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         kernels_cuda=kernels.cuda_build(),
         dtype="float32" if device.type == "cpu" else "float16",
         copy_bytes_per_s=hardware.copy_rate(device),
     )
-    return environment, _rows(configs, device, batch_size, repeats, environment.copy_bytes_per_s)
-
-
-def _rows(
-    configs: Sequence[Config], device: torch.device, batch_size: int | None, repeats: int, copy_rate: float
-) -> Iterator[Row]:
-    for anchors_cxcywh in (model_anchors(config.model) for config in configs):
+    rows = []
+    for config in configs:
+        anchors_cxcywh = model_anchors(config.model).to(device)
         usual = 8 if device.type == "cpu" else 32 if len(anchors_cxcywh) > 10_000 else 128
-        for case in make_cases(anchors_cxcywh.to(device), batch_size=batch_size or usual):
-            yield from measure(case, device, repeats=repeats, copy_rate=copy_rate)
+        for case in make_cases(anchors_cxcywh, batch_size=batch_size or usual):
+            logger.info("%s", _name(case))
+            rows += measure(case, device, repeats=repeats, copy_rate=environment.copy_bytes_per_s)
+    return OperatorProfile(environment, rows)
 
 
-def measure(case: Case, device: torch.device, *, repeats: int, copy_rate: float) -> list[Row]:
-    """A row for every implementation of a case; copy_rate in bytes per second."""
+def measure(case: Case, device: torch.device, *, repeats: int, copy_rate: float) -> list[Measurement]:
+    """Measure every implementation of a case; copy_rate in bytes per second."""
     oracle = next(item.run() for item in case.implementations if item.name == ORACLE)
     differences = {item.name: _checked_difference(case, item, oracle) for item in case.implementations}
     peaks = {item.name: _peak_bytes(item, device) if case.measure_memory else None for item in case.implementations}
@@ -116,9 +129,9 @@ def measure(case: Case, device: torch.device, *, repeats: int, copy_rate: float)
         for item in case.implementations:
             if not item.failure and (repeat < _MIN_REPEATS or sum(seconds[item.name]) < _SECONDS_EACH):
                 seconds[item.name].append(_seconds(item, device))
-    ours_s, copy_s = statistics.median(seconds[OURS]), case.num_bytes / copy_rate
+    ours_s, copy_s = median(seconds[OURS]), case.num_bytes / copy_rate
     return [
-        Row(
+        Measurement(
             operator=case.operator,
             input=case.input,
             batch_size=case.batch_size,
@@ -134,97 +147,38 @@ def measure(case: Case, device: torch.device, *, repeats: int, copy_rate: float)
     ]
 
 
-def format_environment(environment: Environment) -> str:
-    """The lines above the table."""
-    return (
-        f"{environment.device}, {environment.threads} threads, torch {environment.torch}, {environment.dtype}\n"
-        f"kernels: {environment.kernels_cuda}\n"
-        f"copying: {environment.copy_bytes_per_s / 1e9:.1f} GB/s, read and written bytes together"
-    )
-
-
-_COLUMNS = (  # name and width
-    ("operator", "<13"),
-    ("input", "<20"),
-    ("batch", ">5"),
-    ("anchors", ">7"),
-    ("by", "<13"),
-    ("median ms", ">9"),
-    ("quartiles ms", ">17"),
-    ("x ours", ">6"),
-    ("GB/s", ">7"),
-    ("of copy", ">7"),
-    ("peak MB", ">7"),
-    ("differs by", ">10"),
-)
-
-
-def format_header() -> str:
-    """The table's first line."""
-    return _format_line([name for name, _ in _COLUMNS])
-
-
-def format_row(row: Row) -> str:
-    """A line of the table."""
-    start = [row.operator, row.input, str(row.batch_size), f"{row.num_anchors:,}", row.implementation]
-    if row.times is None:
-        return _format_line(start) + f"  {row.failure}"
-    low, high = row.times.quartiles_s
-    return _format_line(
-        [
-            *start,
-            f"{1e3 * row.times.median_s:.3f}",
-            f"{1e3 * low:.3f}-{1e3 * high:.3f}",
-            f"{row.times.ratio:.1f}",
-            f"{row.bytes / row.times.median_s / 1e9:.2f}",
-            f"{row.times.copy_share:.1%}",
-            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
-            "" if row.difference is None else f"{row.difference:.1g}",
-        ]
-    )
-
-
-def format_legend() -> str:
-    """What the columns mean, below the table."""
-    units = "\n".join(f"  {operator}: {unit}" for operator, unit in DIFFERENCE_UNITS.items())
-    return (
-        "GB/s: bytes of arguments and results, each counted once. of copy: the time to copy as many, of the median.\n"
-        "peak MB: most memory at one time beyond the arguments, results included.\n"
-        f"differs by: from plain torch (kernels.reference)\n{units}"
-    )
-
-
-def to_json(environment: Environment, rows: list[Row]) -> str:
-    """Everything that was measured, all samples included."""
-    listed = [row._asdict() | {"times": row.times and row.times._asdict()} for row in rows]
-    return json.dumps({"environment": environment._asdict(), "rows": listed}, indent=1)
-
-
-def _format_line(cells: list[str]) -> str:
-    return " ".join(f"{cell:{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=False)).rstrip()
-
-
 def _checked_difference(case: Case, item: Implementation, oracle: Any) -> float | None:
     if item.failure or item.name == ORACLE:
         return None
     difference = item.difference(item.run(), oracle)
     if not difference <= item.tolerance:
-        raise ProfileError(
-            f"{case.operator}, {case.input}, {case.num_anchors} anchors: the result of {item.name} differs from that "
-            f"of kernels.reference by {difference:g}: expected at most {item.tolerance:g} "
-            f"({DIFFERENCE_UNITS[case.operator]})"
+        raise ResultError(
+            f"{_name(case)}: the result of {item.name} differs from that of kernels.reference by {difference:g}: "
+            f"expected at most {item.tolerance:g} ({DIFFERENCE_UNITS[case.operator]})"
         )
     return difference
 
 
+def _peak_bytes(item: Implementation, device: torch.device) -> int | None:
+    """Most memory that a call has at one time beyond what there was before; None where it cannot be known.
+
+    On the CPU it is the growth of the process's resident set, whose peak Linux keeps. That includes what the C++ of an
+    operator allocates without PyTorch.
+    """
+    if item.failure or not hardware.reset_peak_memory(device):
+        return None
+    before = hardware.peak_memory(device)
+    item.run()
+    return hardware.peak_memory(device) - before
+
+
 def _seconds(item: Implementation, device: torch.device) -> float:
-    if item.overhead is None:
-        return _timed(item.run, device, on_host=item.on_host)
-    return _timed(item.run, device, on_host=item.on_host) - _timed(item.overhead, device, on_host=item.on_host)
+    """Time of one call, without its overhead."""
+    seconds = _timed(item.run, device, on_host=item.on_host)
+    return seconds - (_timed(item.overhead, device, on_host=item.on_host) if item.overhead else 0.0)
 
 
 def _timed(run: Callable[[], Any], device: torch.device, *, on_host: bool) -> float:
-    """Seconds of one call."""
     if device.type == "cuda":
         # Evicts the inputs, and takes longer (a quarter of a millisecond) than the host needs to queue an operator.
         torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device).zero_()
@@ -241,27 +195,57 @@ def _timed(run: Callable[[], Any], device: torch.device, *, on_host: bool) -> fl
     return time.perf_counter() - begin
 
 
-def _peak_bytes(item: Implementation, device: torch.device) -> int | None:
-    """Most memory that a call has at one time beyond what there was before; None where it cannot be known.
-
-    On the CPU it is the growth of the process's resident set, whose peak Linux keeps: that counts what the C++ of an
-    operator allocates behind PyTorch's back, too.
-    """
-    if item.failure or not hardware.reset_peak_memory(device):
-        return None
-    before = hardware.peak_memory(device)
-    item.run()
-    return hardware.peak_memory(device) - before
-
-
 def _times(samples_s: list[float], *, ours_s: float, copy_s: float) -> Times | None:
     if not samples_s:
         return None
-    low, median, high = statistics.quantiles(samples_s * (2 if len(samples_s) == 1 else 1), n=4, method="inclusive")
-    return Times(
-        samples_s=samples_s,
-        median_s=median,
-        quartiles_s=(low, high),
-        ratio=median / ours_s,
-        copy_share=copy_s / median,
+    low, middle, high = quantiles(samples_s * (2 if len(samples_s) == 1 else 1), n=4, method="inclusive")
+    return Times(samples_s, middle, (low, high), ratio=middle / ours_s, copy_share=copy_s / middle)
+
+
+def _name(case: Case | Measurement) -> str:
+    return f"{case.operator}, {case.input}, {case.batch_size} x {case.num_anchors:,} anchors"
+
+
+# ---- text ----
+
+
+def format_operators(profile: OperatorProfile) -> str:
+    """Text for a terminal: the machine, a table, the failures, and the meaning of the columns."""
+    environment = profile.environment
+    machine = (
+        f"{environment.device}, {environment.threads} threads, torch {environment.torch}, {environment.dtype}\n"
+        f"kernels: {environment.kernels_cuda}\n"
+        f"copying: {environment.copy_bytes_per_s / 1e9:.1f} GB/s, read and written bytes together"
     )
+    rows: list[Row] = []
+    for row in profile.rows:
+        if row.implementation == profile.rows[0].implementation:  # begins the next input
+            rows.append(Row([_name(row), *[""] * (len(_COLUMNS) - 1)]))
+        rows.append(Row([row.implementation, *_figures(row)], depth=1))
+    failures = [f"{_name(row)}, {row.implementation}: {row.failure}" for row in profile.rows if row.failure]
+    blocks = [machine, format_table(Table("Operators", _COLUMNS, rows)), "\n".join(failures), format_pairs(_LEGEND)]
+    return "\n\n".join(block for block in blocks if block)
+
+
+_COLUMNS = ("", "median ms", "quartiles ms", "x ours", "GB/s", "of copy", "peak MB", "differs by")
+_LEGEND = (
+    ("GB/s", "bytes of arguments and results, each counted once"),
+    ("of copy", "time to copy as many bytes, as a share of the median"),
+    ("peak MB", "most memory at one time beyond the arguments, results included"),
+    *((f"differs by, {operator}", f"from plain torch: {unit}") for operator, unit in DIFFERENCE_UNITS.items()),
+)
+
+
+def _figures(row: Measurement) -> list[str]:
+    if row.times is None:
+        return ["failed", *[""] * (len(_COLUMNS) - 2)]
+    low, high = row.times.quartiles_s
+    return [
+        f"{1e3 * row.times.median_s:.3f}",
+        f"{1e3 * low:.3f}-{1e3 * high:.3f}",
+        f"{row.times.ratio:.1f}",
+        f"{row.bytes / row.times.median_s / 1e9:.2f}",
+        f"{row.times.copy_share:.1%}",
+        "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
+        "" if row.difference is None else f"{row.difference:.1g}",
+    ]

@@ -1,5 +1,6 @@
-"""What a profile knows: a tree of plain values, written as JSON and read again to be compared."""
+"""The data of a profile: a tree of plain values that is saved as JSON."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Self
@@ -8,11 +9,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 INPUT_ALONE, STEP_ALONE, BOTH, EVALUATION = "input alone", "step alone", "both together", "evaluation"
 STAGES = (INPUT_ALONE, STEP_ALONE, BOTH, EVALUATION)
+STAGES_OF_OPTION = {
+    "all": STAGES,
+    "input": (INPUT_ALONE,),
+    "step": (STEP_ALONE,),
+    "both": (STEP_ALONE, BOTH),
+    "evaluation": (EVALUATION,),
+}
 REST = "the rest"
+PROFILE_FILE = "profile.json"
 
 
 class ProfileError(ValueError):
-    """A file that is no profile; the message names it."""
+    """A file that is not a profile. The message names it."""
+
+
+def add_parts(samples: Mapping[str, Sequence[float]]) -> list[float]:
+    """Seconds of each batch or step: the sums of its parts."""
+    return [sum(parts) for parts in zip(*samples.values(), strict=True)]
 
 
 class _Record(BaseModel):
@@ -20,7 +34,7 @@ class _Record(BaseModel):
 
 
 class Part(_Record):
-    """Of a batch or step, seconds: the median over all that were measured, and the quartiles."""
+    """Seconds of a part in each batch or step: median and quartiles."""
 
     name: str
     median_s: float
@@ -29,17 +43,18 @@ class Part(_Record):
 
     @classmethod
     def of(cls, name: str, seconds: list[float]) -> Self:
+        """Summary of all seconds that were measured."""
         low, _, high = quantiles(seconds * (2 if len(seconds) == 1 else 1), n=4, method="inclusive")
         return cls(name=name, median_s=median(seconds), low_s=low, high_s=high)
 
 
 class Stage(_Record):
-    """Something that was done again and again.
+    """An activity that was measured many times: its batches or steps.
 
-    whole: of a batch or step. parts: of it, in their order; in every step they add up to the whole.
-    images: of all ranks in a batch or step (in the mean, where the last batch is smaller).
-    busy: share of the time that those cores worked that rank 0 may use.
-    samples: seconds of each part, in every batch or step of rank 0; of the input, means of each round.
+    whole: a batch or step. parts: its parts, in their order; they add up to the whole in each batch or step.
+    images: images of all ranks in a batch or step (the mean, where the last batch is smaller).
+    busy: share of the time that the cores of rank 0 worked.
+    samples: seconds of each part in each batch or step of rank 0; for the input, means over a lap of batches.
     """
 
     name: str
@@ -49,17 +64,24 @@ class Stage(_Record):
     busy: float
     samples: dict[str, list[float]]
 
+    @classmethod
+    def of(cls, name: str, samples: dict[str, list[float]], *, images: float, busy: float) -> Self:
+        """Summary of samples."""
+        whole = Part.of(name, add_parts(samples))
+        parts = tuple(Part.of(part, seconds) for part, seconds in samples.items())
+        return cls(name=name, whole=whole, parts=parts, images=images, busy=busy, samples=samples)
+
     @property
     def images_per_s(self) -> float:
         return self.images / self.whole.median_s
 
     def seconds(self, part: str) -> float:
-        """Median of a part; 0 if there is none of the name."""
+        """Median of a part; 0 if there is none of that name."""
         return next((item.median_s for item in self.parts if item.name == part), 0.0)
 
 
 class Span(_Record):
-    """A part of a step of `both together` on rank 0, seconds from the first one's begin."""
+    """A part of a step on rank 0, in seconds since the first step began."""
 
     part: str
     begin_s: float
@@ -67,27 +89,27 @@ class Span(_Record):
 
 
 class HostRead(_Record):
-    """A place in the code that makes the host wait for a value of the device, and how often in a step."""
+    """A line of code that makes the host wait for a value of the device. times: in a step."""
 
     place: str
     times: int
 
 
 class Operator(_Record):
-    """seconds: of a step, on the device, without the operators that it calls."""
+    """seconds: in a step, on the device, without the operators that it calls."""
 
     name: str
     seconds: float
 
 
 class Work(_Record):
-    """What a step of one rank has to do, counted in one.
+    """The work of a step of one rank.
 
-    forward_flop, train_flop: of an image; 2 for a multiply-add. bytes: that the step's operators read and wrote, each
-    tensor once per call. parameter_bytes: of the weights.
-    operators: that took the longest, on a GPU kernels.
-    gpu_busy: share of the time that a GPU computed. layout_kernels: calls in a step that only turn NCHW into NHWC or
-    back, on a GPU.
+    forward_flop, train_flop: operations for an image; a multiply-add is 2.
+    bytes: traffic of the step's operators, each tensor once per call. parameter_bytes: size of the weights.
+    operators: those that take longest; on a GPU, kernels.
+    gpu_busy: share of the time that the GPU computed. layout_kernels: calls in a step that only turn NCHW into NHWC or
+    back. Both are None on a CPU.
     """
 
     forward_flop: float
@@ -101,10 +123,11 @@ class Work(_Record):
 
 
 class Machine(_Record):
-    """Where it was measured.
+    """The machine of rank 0. Its rates are measured.
 
-    Rates are measured, too: matrix_… of large products in `dtype`, bf16_… in bfloat16 (hardware.matrix_rate), copy_…
-    of a large copy, bytes that are read and those that are written together. peak_bytes: of memory, in training.
+    matrix_flop_per_s, bf16_flop_per_s: rate of large products in `dtype` and in bfloat16 (hardware.matrix_rate).
+    copy_bytes_per_s: rate of a large copy, bytes read and bytes written together.
+    peak_bytes: most memory in training; None where it is unknown.
     """
 
     device: str
@@ -120,7 +143,7 @@ class Machine(_Record):
 
 
 class Rank(_Record):
-    """Medians of one rank, seconds of a step; None where the stage was not measured."""
+    """Medians of one rank, seconds of a batch or step; None where the stage was not measured."""
 
     host: str
     input_s: float | None
@@ -131,7 +154,7 @@ class Rank(_Record):
 
 
 class Finding(_Record):
-    """lost: share of the time that is lost to it, an estimate; sentence: what, and what to change."""
+    """A cause of lost time. lost: estimated share of the time. sentence: the cause, and what to change."""
 
     name: str
     lost: float
@@ -139,10 +162,11 @@ class Finding(_Record):
 
 
 class Profile(_Record):
-    """All of it.
+    """A complete profile.
 
-    config: the recipe, by section and key. batch_size: of a rank. doubled: of a step alone with twice the images,
-    median seconds of its parts; empty where that was not measured. findings: the first says what bounds the run.
+    config: the recipe, by section and key. batch_size: images of a rank.
+    doubled: median seconds of the parts of a step alone with twice the images; empty where that was not measured.
+    findings: the first says what bounds the run.
     """
 
     machine: Machine
@@ -157,17 +181,31 @@ class Profile(_Record):
     findings: tuple[Finding, ...]
 
     def stage(self, name: str) -> Stage | None:
-        """The stage of a name, if it was measured."""
+        """The stage of a name; None if it was not measured."""
         return next((stage for stage in self.stages if stage.name == name), None)
+
+    def measured(self, *names: str) -> list[Stage]:
+        """Those stages of these names that were measured."""
+        return [stage for name in names if (stage := self.stage(name)) is not None]
+
+    def flop_per_s(self, stage: Stage) -> float:
+        """Arithmetic rate that one rank reaches in a stage of training."""
+        assert self.work is not None
+        return self.work.train_flop * stage.images / self.machine.ranks / stage.whole.median_s
+
+    def bytes_per_s(self, stage: Stage) -> float:
+        """Memory traffic of one rank in a stage of training."""
+        assert self.work is not None
+        return self.work.bytes / stage.whole.median_s
 
 
 def read_profile(path: Path) -> Profile:
-    """A profile that was written before. Raises ProfileError, which names the file, or OSError."""
+    """The profile in a file, or in a folder that `ssd-fast profile` wrote. Raises ProfileError or OSError."""
     if path.is_dir():
-        path /= "profile.json"
+        path /= PROFILE_FILE
     try:
         return Profile.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ProfileError(f"{path}: expected a profile of `ssd-fast profile`: {where} {first['msg']}") from None
+        key = ".".join(map(str, first["loc"]))
+        raise ProfileError(f"{path}: expected a profile of `ssd-fast profile`: {key}: {first['msg']}") from None

@@ -22,15 +22,15 @@ _NAMED_CLASSES = 10
 
 
 def plot_curves(metrics_file: Path, output: Path) -> None:
-    """Writes a PNG of a run's loss, learning rate and accuracy over its steps.
+    """Write a PNG of a run's loss, learning rate and accuracy over its steps.
 
-    metrics_file: metrics.jsonl of ssd_fast.training.history; records may be few, or missing altogether.
+    metrics_file: metrics.jsonl of ssd_fast.training.history; it may hold few records or none.
     """
     _save_figure(_curves_figure(read_metrics(metrics_file), source=str(metrics_file)), output)
 
 
 def plot_precision_recall(precision_50: np.ndarray, class_names: Sequence[str], output: Path) -> None:
-    """Writes a PNG of precision over recall at IoU 0.50, of each class and of their mean.
+    """Write a PNG of precision over recall at IoU 0.50, of each class and of their mean.
 
     precision_50: [101, K], at recall 0, 0.01 ... 1; -1 for a class without ground truth (CocoScores.precision_50).
     class_names: K names.
@@ -39,7 +39,7 @@ def plot_precision_recall(precision_50: np.ndarray, class_names: Sequence[str], 
 
 
 def _curves_figure(records: Sequence[Mapping[str, Any]], *, source: str) -> Figure:
-    """Three panels above each other: loss, learning rate, accuracy. source is named in errors."""
+    """Three panels: loss, learning rate, accuracy. source: name of the file in errors."""
     train = _columns(records, "train", ("epoch", "loss", "box_loss", "class_loss", "learning_rate"), source)
     evaluation = _columns(records, "eval", ("map", "map_50"), source)
     figure = Figure(figsize=(9, 9), dpi=100, layout="constrained")
@@ -80,7 +80,7 @@ def _curves_figure(records: Sequence[Mapping[str, Any]], *, source: str) -> Figu
 def _columns(
     records: Sequence[Mapping[str, Any]], kind: str, keys: Sequence[str], source: str
 ) -> dict[str, np.ndarray]:
-    """The records of a kind by column, float64, a row per step (the last record of it); missing figures are nan."""
+    """Columns of the records of a kind, float64, with one row per step (its last record); missing figures are NaN."""
     by_step = {record["step"]: record for record in records if record.get("kind") == kind}
     steps = sorted(by_step)
     columns = {"step": np.array(steps, np.float64)}
@@ -94,7 +94,7 @@ def _columns(
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a fortieth of all values around each, of those that are finite."""
+    """Running mean of the finite values; the window is a fortieth of all values."""
     if len(values) == 0:
         return values
     window = np.ones(2 * (len(values) // 80) + 1)
@@ -105,12 +105,12 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _marker(values: np.ndarray) -> str:
-    """A line through a single point is not seen without a marker."""
+    """The marker of a line: a line through a single point would be invisible without one."""
     return "o" if np.isfinite(values).sum() == 1 else ""
 
 
 def _set_limits(axes: Axes, values: np.ndarray) -> None:
-    """The axis from 0 to just above the values; single outliers of the unsmoothed ones may leave it."""
+    """Limit the axis to 0 and just above the values; outliers of the unsmoothed values may leave it."""
     finite = values[np.isfinite(values)]
     axes.set_ylim(0, 1.1 * float(finite.max()) if len(finite) and finite.max() > 0 else 1)
 
@@ -125,7 +125,7 @@ def _style(axes: Axes, *, title: str, ylabel: str) -> None:
 
 
 def _mark_epochs(panels: Sequence[Axes], train: Mapping[str, np.ndarray]) -> None:
-    """Faint upright lines at the ends of epochs, about ten at most, with their numbers under the last panel."""
+    """Draw faint vertical lines at the ends of at most about ten epochs, with their numbers under the last panel."""
     known = np.isfinite(train["epoch"])
     epochs, steps = train["epoch"][known], train["step"][known]
     last = int(max(epochs, default=0))
@@ -145,7 +145,7 @@ def _mark_epochs(panels: Sequence[Axes], train: Mapping[str, np.ndarray]) -> Non
 
 
 def _precision_recall_figure(precision_50: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Classes as thin lines, those named that are few or the best and worst five, and their mean as a thick one."""
+    """Classes as thin lines and their mean as a thick one. At most ten classes are named, the best and worst five."""
     if precision_50.shape != (101, len(class_names)):
         raise ValueError(f"precision_50 has shape {precision_50.shape}: expected (101, {len(class_names)})")
     recall = np.linspace(0, 1, 101)

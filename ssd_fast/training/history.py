@@ -1,4 +1,4 @@
-"""The history of a run for other tools: metrics.jsonl and TensorBoard. Owner of TensorBoard."""
+"""The history of a run for other tools: metrics.jsonl and TensorBoard."""
 
 import json
 import logging
@@ -18,15 +18,15 @@ _TENSORBOARD_TAGS = {"loss": "loss/total", "box_loss": "loss/box", "class_loss":
 
 
 class MetricsWriter:
-    """Appends a run's figures to OUTPUT/metrics.jsonl, one JSON object a line, and to OUTPUT/tensorboard.
+    """A writer of OUTPUT/metrics.jsonl, one JSON object per line, and OUTPUT/tensorboard.
 
     Lines of training have kind "train" and the keys step, epoch, loss, box_loss, class_loss, learning_rate and
     images_per_second; lines of an evaluation have kind "eval", step, epoch and the names of the scores. A figure that
-    is not finite is null. Every line is handed to the system at once: a killed process leaves at most a torn last one.
+    is not finite is null. Every line is written at once: a killed process leaves at most one incomplete line.
     """
 
     def __init__(self, output_dir: Path, *, resume_step: int | None, scored_epochs: Collection[int]) -> None:
-        """Opens the history of a run.
+        """Open the history of a run.
 
         output_dir: existing folder.
         resume_step: the step that the run resumes from. Records of later steps are dropped; None drops all.
@@ -52,7 +52,7 @@ class MetricsWriter:
         learning_rate: float,
         images_per_second: float,
     ) -> None:
-        """Records the figures of a training step.
+        """Record the figures of a training step.
 
         step: steps done since the beginning of the run, this one included.
         epoch: epochs done, with their fraction.
@@ -70,13 +70,13 @@ class MetricsWriter:
         self._plot({_TENSORBOARD_TAGS.get(name, name): value for name, value in figures.items()}, step)
 
     def evaluation(self, step: int, epoch: int, scores: Mapping[str, float]) -> None:
-        """Records the scores of an evaluation after `step` steps and `epoch` epochs, under the names they have."""
+        """Record the scores of the evaluation after `step` steps and `epoch` epochs, by name."""
         figures = {name: float(score) for name, score in scores.items()}
         self._append({"kind": "eval", "step": step, "epoch": epoch, **figures})
         self._plot({f"eval/{name}": value for name, value in figures.items()}, step)
 
     def close(self) -> None:
-        """Ends the history; everything is in its files afterwards."""
+        """Write everything and close the files."""
         self._file.close()
         with _errors_naming(self._plots_dir):
             self._tensorboard.close()
@@ -96,10 +96,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order.
-
-    An unreadable line (torn by a killed process) is left out with a warning.
-    """
+    """Records of a metrics.jsonl, in order. Incomplete lines, of a killed process, are left out with a warning."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -126,7 +123,7 @@ def _lines_until(path: Path, step: int | None, scored_epochs: Collection[int]) -
 
 @contextmanager
 def _errors_naming(path: Path) -> Iterator[None]:
-    """Gives the errors of writing, which come without one, the name of the file."""
+    """A context that adds the name of the file to errors of writing."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The log of a training run in MLPerf's own format. Owner of mlperf_logging.
+"""The log of a training run in MLPerf's own format.
 
 The newest rules of mlperf_logging's compliance checker that know this detector are those of MLPerf Training 0.7 and
 1.0 (`python -m mlperf_logging.compliance_checker --ruleset 1.0.0 mlperf.log`): 1.1 wants the initial tensors of the
@@ -28,14 +28,14 @@ _CALLER = 2  # frames from the library's methods to whoever called the method of
 
 
 class MlperfLog:
-    """Writes OUTPUT/mlperf.log; its methods are called in the order in which they stand here.
+    """A writer of OUTPUT/mlperf.log. Its methods are called in the order in which they are defined.
 
     Each line carries a time stamp in milliseconds and the file and line of the caller. Epochs count from 1. A block is
     the epochs up to and including the next evaluation; the log opens and closes blocks by itself.
     """
 
     def __init__(self, output_dir: Path | None) -> None:
-        """Opens the log of one attempt; an earlier attempt's log in the folder is kept as mlperf.1.log, mlperf.2.log, …
+        """Open the log of one attempt. Logs of earlier attempts in the folder are kept as mlperf.1.log, mlperf.2.log, …
 
         The checker wants exactly one initialisation and one run_start per file, and the time to train lies between
         run_start and run_stop: so an attempt that resumes another has a file, and a time, of its own.
@@ -63,7 +63,7 @@ class MlperfLog:
         status: Literal["cloud", "onprem", "preview", "research"] = "onprem",
         cache_cleared: bool = False,
     ) -> None:
-        """Says who runs the benchmark on what, and that the initialisation begins.
+        """Log who runs the benchmark on which platform, and the start of the initialisation.
 
         division: "closed" claims the benchmark's own recipe on COCO; anything else is "open".
         cache_cleared: whether the system's page cache was emptied before the run; the checker takes either answer.
@@ -93,7 +93,7 @@ class MlperfLog:
         bn_span: int,
         crop_attempts: int,
     ) -> None:
-        """Gives the figures of the recipe, and says that the initialisation is over.
+        """Log the figures of the recipe and the end of the initialisation.
 
         train_samples, eval_samples: images of an epoch of training and of an evaluation.
         learning_rate: after warm-up, before decay, for this global batch size.
@@ -119,7 +119,7 @@ class MlperfLog:
         self._events.end(constants.INIT_STOP)
 
     def run_start(self, *, evaluation_epochs: Iterable[int], resumed_epoch: int | None = None) -> None:
-        """Says that the clock of the time to train starts: the next thing is to read training data.
+        """Log the start of the time to train, before any training data is read.
 
         evaluation_epochs: all epochs that end with an evaluation, the last epoch of the run among them.
         resumed_epoch: for an attempt that resumes another, the epoch it starts in; the line of the log tells it.
@@ -130,7 +130,7 @@ class MlperfLog:
         )
 
     def epoch_start(self, epoch: int) -> None:
-        """Says that an epoch begins, and a block with it after an evaluation and at the start of the run."""
+        """Log the start of an epoch, and of a block at the start of the run and after an evaluation."""
         if self._block_epoch is None:
             self._block_epoch = epoch
             last = next((e for e in self._evaluation_epochs if e >= epoch), epoch)
@@ -141,35 +141,35 @@ class MlperfLog:
         self._events.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})
 
     def epoch_stop(self, epoch: int) -> None:
-        """Says that an epoch's last step is done."""
+        """Log the end of an epoch."""
         self._events.end(constants.EPOCH_STOP, metadata={constants.EPOCH_NUM: epoch})
 
     def eval_start(self, epoch: int) -> None:
-        """Says that the evaluation after an epoch begins; the next epoch, and block, may start before it is over."""
+        """Log the start of the evaluation after an epoch. The next epoch and block may start before its end."""
         self._evaluated_blocks[epoch], self._block_epoch = self._block_epoch, None
         self._events.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
 
     def eval_stop(self, epoch: int, mean_ap: float) -> None:
-        """Gives the COCO mAP (IoU 0.5 to 0.95, a fraction) of the evaluation after an epoch, and ends the block."""
+        """Log the COCO mAP (IoU 0.5 to 0.95, a fraction) of the evaluation after an epoch, and end its block."""
         self._events.event(constants.EVAL_ACCURACY, mean_ap, metadata={constants.EPOCH_NUM: epoch})
         self._events.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch})
         first_epoch = self._evaluated_blocks.pop(epoch)
         self._events.end(constants.BLOCK_STOP, metadata={constants.FIRST_EPOCH_NUM: first_epoch})
 
     def run_stop(self, *, success: bool) -> None:
-        """Says that the run is over and whether it reached its target; the clock of the time to train stops."""
+        """Log the end of the time to train, and whether the run reached its target."""
         self._events.end(
             constants.RUN_STOP, metadata={constants.STATUS: constants.SUCCESS if success else constants.ABORTED}
         )
 
     def close(self) -> None:
-        """Closes the file; a log without run_stop is that of a run that was cut off."""
+        """Close the file. A log without run_stop belongs to a run that was cut off."""
         for handler in self._logger.handlers:
             handler.close()
 
 
 class _EventFile(logging.FileHandler):
-    """A log file whose errors reach the caller; logging itself would print and forget them."""
+    """A log file whose errors reach the caller; `logging` itself would only print them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()
@@ -179,7 +179,7 @@ class _EventFile(logging.FileHandler):
 
 
 def _free(path: Path) -> Path:
-    """The path, after a file that was there has been renamed to the first free of name.1.log, name.2.log, …"""
+    """The path, after an existing file was renamed to the first free name of name.1.log, name.2.log, …"""
     if path.exists():
         number = 1
         while (kept := path.with_suffix(f".{number}.log")).exists():

@@ -1,6 +1,6 @@
-"""The optimizer, built so that a step with a non-finite gradient is skipped on the device, without asking the host.
+"""The optimizer. A step with a non-finite gradient is skipped on the device, without waiting for the host.
 
-Owner of apex, NVIDIA's, which is imported only where the configuration asks for it.
+NVIDIA's apex is imported only where the configuration asks for it.
 """
 
 import importlib.util
@@ -13,10 +13,10 @@ from ssd_fast.distributed.world import World
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Fused SGD with momentum over the parameters of a model, as one or two groups (with and without weight decay).
+    """Fused SGD with momentum over the parameters of a model, in one or two groups (with and without weight decay).
 
-    Momentum starts as zeros instead of being made by the first step, which gives the same weights: torch's fused SGD
-    leaves that buffer uninitialised when a gradient scaler skips the first step.
+    Momentum starts as zeros. If the first step made it, the weights would be the same, but torch's fused SGD leaves the
+    buffer uninitialised when a gradient scaler skips that step.
     """
     decay_all = config.weight_decay_on_norm_and_bias
     decayed = [parameter for parameter in model.parameters() if decay_all or parameter.ndim > 1]
@@ -36,21 +36,21 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.devi
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """The gradient scaler of a precision: a loss scale for float16; for others a constant 1, which only skips steps."""
+    """The gradient scaler of a precision. Except for float16 its scale stays 1 and it only skips steps."""
     return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def group_batch_norm(model: nn.Module, group: int, *, device: torch.device, dtype: torch.dtype, world: World) -> None:
-    """Makes a model's BatchNorm layers take their statistics over groups of neighbouring ranks.
+    """Replace a model's BatchNorm layers by layers that share their statistics among neighbouring ranks.
 
     model: on the device, in channels_last. group: 2, 4 or 8 ranks, of one node.
-    Raises ValueError where apex's kernels, which read the memory of the neighbours' GPUs, cannot do it.
+    Raises ValueError where apex's kernels, which read the memory of neighbouring GPUs, cannot run.
     """
     key = f"distributed.batch_norm_group = {group}"
     _require_apex(key, device)

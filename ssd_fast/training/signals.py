@@ -1,4 +1,4 @@
-"""Asking a run to stop: Ctrl-C, and the SIGTERM of batch systems."""
+"""Requests to stop a run: Ctrl-C, and the SIGTERM of batch systems."""
 
 import signal
 import time
@@ -8,10 +8,10 @@ _SAME_MOMENT_S = 1.0
 
 
 class StopRequest:
-    """As a context manager, takes the first SIGINT or SIGTERM as a wish to stop; one that comes later acts as usual.
+    """A context in which the first SIGINT or SIGTERM is a request to stop; a later one acts as usual.
 
-    What comes within the same moment is the first once more: Slurm signals every process of a step, and the runtime of
-    a container passes what it gets on to the process in it.
+    Signals within one second count as one: Slurm signals every process of a step, and the runtime of a container
+    forwards its signals to the process in it.
 
     received: number of the signal that came, 0 before.
     """

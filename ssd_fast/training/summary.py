@@ -3,7 +3,9 @@
 import numpy as np
 from PIL import Image
 
-from ssd_fast.data.coco import Category, CocoSet
+from ssd_fast.data.annotations import Category
+from ssd_fast.data.boxes import xywh_to_ltrb
+from ssd_fast.data.coco import CocoSet
 from ssd_fast.evaluation.coco_eval import DetectionTable, read_results, score
 from ssd_fast.evaluation.draw import GridCell, draw_grid
 from ssd_fast.training.curves import plot_curves, plot_precision_recall
@@ -33,7 +35,7 @@ def draw_summary(folder: RunFolder, val_set: CocoSet, categories: tuple[Category
 
 
 def _choose_cells(val_set: CocoSet, table: DetectionTable) -> list[GridCell]:
-    """Images spread over the whole set, each with its ground truth and its confident detections."""
+    """A dozen images spread over the set, each with its ground truth and its confident detections."""
     images = val_set.images
     names = {category.id: category.name for category in val_set.categories}
     num_images = len(images.file_names)
@@ -49,7 +51,7 @@ def _choose_cells(val_set: CocoSet, table: DetectionTable) -> list[GridCell]:
                 image=pixels,
                 truth_boxes_ltrb=images.boxes_ltrb[truths],
                 truth_labels=[val_set.categories[label - 1].name for label in images.labels[truths]],
-                boxes_ltrb=np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1),
+                boxes_ltrb=xywh_to_ltrb(boxes_xywh),
                 labels=[names[category_id] for category_id in table.category_ids[found].tolist()],
                 scores=table.scores[found],
                 caption=images.file_names[index],

@@ -201,7 +201,7 @@ def test_command_prints_three_ratios_and_writes_every_turn(synthetic_set: Path, 
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        ((), {}, r"error: .*instances_train2017\.json: no such annotation file"),
+        ((), {}, r"error: .*instances_train2017\.json: no such file: expected COCO instances"),
         (("--json", "nowhere/turns.json"), {}, r"error: --json nowhere/turns\.json: expected a file in a folder"),
         (("--set", "training.batch=2"), {}, r"error: .*demo\.toml: training\.batch = 2: unknown key"),
         ((), {"RANK": "0"}, r"error: started by a launcher.*: expected to be started alone"),

@@ -17,7 +17,6 @@ from ssd_fast.checkpoints.weights import (
     layout_of,
     load_backbone_weights,
     load_for_finetuning,
-    load_reference_weights,
     load_weights,
     read_state_dict,
 )
@@ -90,7 +89,7 @@ class TestReferenceLayout:
         assert len(shapes) == 218
         state = random_state(shapes)
         model = SSD(load_config(RECIPE).model, num_classes=80)
-        load_reference_weights(model, {"model": state})
+        load_weights(model, {"model": state})
         found = model.state_dict()
         assert len(found) == 218
         assert torch.equal(found["backbone.conv1.weight"], state["model.layer1.0.weight"])
@@ -100,7 +99,7 @@ class TestReferenceLayout:
     def test_the_backbone_gets_the_tensors_of_the_same_torchvision_layers(self) -> None:
         resnet = torchvision.models.resnet18(weights=None)
         state, model = reference_state(), SSD(CONFIG, num_classes=3)
-        load_reference_weights(model, state)
+        load_weights(model, state)
         for number, (name, _) in enumerate(resnet.named_children()):
             theirs = {6: "model.layer2.0."}.get(number, f"model.layer1.{number}.")
             for key, tensor in state.items():
@@ -109,7 +108,7 @@ class TestReferenceLayout:
 
     def test_predictions_are_those_of_class_major_heads(self) -> None:
         state, model = reference_state(), SSD(CONFIG, num_classes=3).eval()
-        load_reference_weights(model, state)
+        load_weights(model, state)
         with torch.no_grad():
             predictions = model(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
             features = model.backbone(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
@@ -131,22 +130,22 @@ class TestReferenceLayout:
         self, tmp_path: Path, name: str, prefix: str, wrapped: bool
     ) -> None:
         plain, other, state = SSD(CONFIG, num_classes=3), SSD(CONFIG, num_classes=3), reference_state()
-        load_reference_weights(plain, state)
+        load_weights(plain, state)
         content = {prefix + key: tensor for key, tensor in state.items()}
         torch.save({"model": content, "epoch": 61} if wrapped else content, tmp_path / name)
         assert layout_of(tmp_path / name) == "reference"
-        load_reference_weights(other, tmp_path / name)
+        load_weights(other, tmp_path / name)
         assert equal(plain.state_dict(), other.state_dict())
 
     def test_missing_batch_counters_and_saved_default_boxes_do_not_matter(self) -> None:
         state, model = reference_state(), SSD(CONFIG, num_classes=3)
         old = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-        load_reference_weights(model, old | {"dboxes_xywh": torch.zeros(1, 368, 4), "loss.dboxes": torch.zeros(4)})
+        load_weights(model, old | {"dboxes_xywh": torch.zeros(1, 368, 4), "loss.dboxes": torch.zeros(4)})
         assert torch.equal(model.state_dict()["backbone.conv1.weight"], state["model.layer1.0.weight"])
 
     def test_half_precision_weights_become_float32(self) -> None:
         state, model = reference_state(), SSD(CONFIG, num_classes=3)
-        load_reference_weights(model, {k: v.half() if v.is_floating_point() else v for k, v in state.items()})
+        load_weights(model, {k: v.half() if v.is_floating_point() else v for k, v in state.items()})
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         expected = state["model.layer1.0.weight"].half().float()
         assert torch.equal(model.state_dict()["backbone.conv1.weight"], expected)
@@ -160,7 +159,7 @@ class TestReferenceLayout:
         state["conf.3.bias"] = torch.zeros(16)
         state["mbox.weight"] = torch.zeros(2, 3)
         with pytest.raises(ValueError, match="6 entries") as error:
-            load_reference_weights(model, state)
+            load_weights(model, state)
         lines = sorted(line.strip() for line in str(error.value).splitlines()[1:])
         assert lines == [
             "conf.1.weight is float32 [25, 32, 3, 3]: expected float32 [24, 32, 3, 3]",
@@ -171,11 +170,6 @@ class TestReferenceLayout:
             "model.layer2.0.1.conv2.weight is missing: expected float32 [256, 256, 3, 3]",
         ]
         assert equal(before, model.state_dict())
-
-    def test_weights_of_this_detector_are_not_taken_for_the_reference(self) -> None:
-        model = SSD(CONFIG, num_classes=3)
-        with pytest.raises(ValueError, match="found one of this detector"):
-            load_reference_weights(model, model.state_dict())
 
 
 class TestLayouts:
@@ -248,7 +242,7 @@ class TestFinetuning:
 
     def test_a_reference_checkpoint_is_a_source_too(self) -> None:
         strict, model = SSD(CONFIG, num_classes=8), SSD(CONFIG, num_classes=3)
-        load_reference_weights(strict, reference_state(num_classes=8))
+        load_weights(strict, reference_state(num_classes=8))
         assert len(load_for_finetuning(model, reference_state(num_classes=8))) == 3
         for name in ("backbone.conv1.weight", "extras.1.2.bias", "box_heads.1.weight"):
             assert torch.equal(model.state_dict()[name], strict.state_dict()[name])

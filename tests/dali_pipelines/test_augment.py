@@ -1,6 +1,5 @@
 """Crops, flips and colours, and the boxes that follow them."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipelines import (
     Item,
     batches,
     both_encoders,
+    changed,
     crops_of_ramp,
     image_set,
     pixels,
@@ -48,7 +48,7 @@ def test_an_image_too_small_to_crop_is_named_and_the_smallest_allowed_works(tmp_
 def test_the_seven_crop_options_are_equally_likely(ramp: Path, side: float, num_possible: int) -> None:
     """Every crop has one size, so that num_possible of the six conditions hold for a box that covers the image."""
     images = image_set(ramp, [Item("small_ramp.jpg", (64, 64), [[0, 0, 64, 64, 1]])] * 4000)
-    augmentation = replace(SSD_CROP, crop_sides=(side, side))
+    augmentation = changed(SSD_CROP, crop_sides=(side, side))
     loader = train_loader(images, augmentation, batch_size=250, image_size=8)
     crops = np.concatenate([crops_of_ramp(batch.images) for batch in loader.epoch()])
     untouched = (np.abs(crops - [0, 0, 1, 1]) < 0.01).all(axis=1)
@@ -61,7 +61,7 @@ def test_the_seven_crop_options_are_equally_likely(ramp: Path, side: float, num_
 def test_all_boxes_overlap_the_crop_by_the_drawn_iou(ramp: Path, min_iou: float) -> None:
     boxes = np.array([[12, 10, 244, 246], [16, 8, 248, 240]])
     images = image_set(ramp, [Item("ramp.jpg", (256, 256), [[*box, 1] for box in boxes])] * 300)
-    augmentation = replace(SSD_CROP, crop_min_ious=(min_iou,), crop_attempts=50)
+    augmentation = changed(SSD_CROP, crop_min_ious=(min_iou,), crop_attempts=50)
     loader = train_loader(images, augmentation, batch_size=100, image_size=32)
     crops = np.concatenate([crops_of_ramp(batch.images) for batch in loader.epoch()])
     crops = crops[(np.abs(crops - [0, 0, 1, 1]) > 0.005).any(axis=1)]
@@ -80,7 +80,7 @@ def test_all_boxes_overlap_the_crop_by_the_drawn_iou(ramp: Path, min_iou: float)
 def test_a_crop_keeps_the_boxes_whose_centre_it_holds_and_clips_them(ramp: Path, encode: Encode | None) -> None:
     boxes = np.array([[20, 30, 90, 80], [60, 140, 220, 230], [150, 20, 240, 120]])
     items = [Item("ramp.jpg", (256, 256), [[*box, label + 1] for label, box in enumerate(boxes)])] * 300
-    augmentation = replace(SSD_CROP, crop_min_ious=(0.0,))
+    augmentation = changed(SSD_CROP, crop_min_ious=(0.0,))
     loader = train_loader(image_set(ramp, items), augmentation, encode=encode, batch_size=100, image_size=64)
     kept_counts = np.zeros(4, dtype=int)
     for batch in loader.epoch():
@@ -106,7 +106,7 @@ def test_a_crop_keeps_the_boxes_whose_centre_it_holds_and_clips_them(ramp: Path,
 @both_encoders
 def test_boxes_without_any_possible_crop_end_as_background(ramp: Path, encode: Encode | None) -> None:
     images = image_set(ramp, [Item("ramp.jpg", (256, 256), [[0, 0, 8, 8, 1]])] * 32)
-    augmentation = replace(SSD_CROP, crop_min_ious=(0.9,), crop_allow_none=False)
+    augmentation = changed(SSD_CROP, crop_min_ious=(0.9,), crop_allow_none=False)
     loader = train_loader(images, augmentation, encode=encode, batch_size=32)
     batch = next(loader.epoch())
     without = (batch.labels == 0).all(dim=1)
@@ -144,7 +144,7 @@ def test_decoded_boxes_land_on_the_objects(tmp_path: Path, encode: Encode | None
 
 
 def test_a_flip_mirrors_images_and_boxes(small: LabelledImages) -> None:
-    straight, flipped = train_loader(small, UNCHANGED), train_loader(small, replace(UNCHANGED, flip_probability=1.0))
+    straight, flipped = train_loader(small, UNCHANGED), train_loader(small, changed(UNCHANGED, flip_probability=1.0))
     for (ids, one), (other_ids, other) in zip(batches(straight, 6), batches(flipped, 6), strict=True):
         assert ids == other_ids
         assert torch.equal(one.images.flip(3), other.images)
@@ -159,7 +159,7 @@ def test_a_flip_mirrors_images_and_boxes(small: LabelledImages) -> None:
 
 def test_half_of_the_images_are_flipped(ramp: Path) -> None:
     images = image_set(ramp, [Item("small_ramp.jpg", (64, 64), [[0, 0, 50, 50, 1]])] * 800)
-    loader = train_loader(images, replace(UNCHANGED, flip_probability=0.5), batch_size=200, image_size=8)
+    loader = train_loader(images, changed(UNCHANGED, flip_probability=0.5), batch_size=200, image_size=8)
     levels = np.concatenate([pixels(batch.images) for batch in loader.epoch()])
     assert (levels[:, 4, 0, 0] > levels[:, 4, 7, 0]).mean() == pytest.approx(0.5, abs=0.055)
 
@@ -177,17 +177,17 @@ def test_brightness_and_saturation_are_torchvisions(ramp: Path) -> None:
     for name, adjust in (("brightness", F.adjust_brightness), ("saturation", F.adjust_saturation)):
         for factor in (0.5, 1.4):
             change: dict[str, Any] = {name: (factor, factor)}
-            found = colours_after(ramp, replace(UNCHANGED, **change))[0]
+            found = colours_after(ramp, changed(UNCHANGED, **change))[0]
             assert found == pytest.approx(adjust(plain, factor).flatten().tolist(), abs=1.5), (name, factor)
 
 
 def test_contrast_pulls_towards_the_middle_before_brightness(ramp: Path) -> None:
-    found = colours_after(ramp, replace(UNCHANGED, contrast=(0.5, 0.5), brightness=(1.1, 1.1)))[0]
+    found = colours_after(ramp, changed(UNCHANGED, contrast=(0.5, 0.5), brightness=(1.1, 1.1)))[0]
     assert found == pytest.approx([(128 + (value - 128) * 0.5) * 1.1 for value in (150, 90, 120)], abs=1)
 
 
 def test_hue_turns_up_to_its_limit_both_ways(ramp: Path) -> None:
-    found = colours_after(ramp, replace(UNCHANGED, hue_degrees=18.0), count=500)
+    found = colours_after(ramp, changed(UNCHANGED, hue_degrees=18.0), count=500)
     to_chroma = np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # I and Q of YIQ
     before, after = to_chroma @ [150, 90, 120], found @ to_chroma.T
     turns = np.degrees(np.angle((after[:, 0] + 1j * after[:, 1]) / complex(*before)))
@@ -198,7 +198,7 @@ def test_hue_turns_up_to_its_limit_both_ways(ramp: Path) -> None:
 
 
 def test_factors_fill_their_range(ramp: Path) -> None:
-    found = colours_after(ramp, replace(UNCHANGED, brightness=(0.875, 1.125)), count=500)[:, 0] / 150
+    found = colours_after(ramp, changed(UNCHANGED, brightness=(0.875, 1.125)), count=500)[:, 0] / 150
     assert found.min() == pytest.approx(0.875, abs=0.01)
     assert found.max() == pytest.approx(1.125, abs=0.01)
     assert np.histogram(found, bins=5, range=(0.875, 1.125))[0].min() > 60

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssd_fast.data.coco import Category, DataError, find_images, load_coco
+from ssd_fast.data.annotations import Category
+from ssd_fast.data.coco import load_coco
+from ssd_fast.data.images import find_images
+from ssd_fast.data.policy import DataError
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -74,9 +77,12 @@ def test_images_without_boxes_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.pop("images"), r"not COCO instances: .*missing required field `images`"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), r"not COCO instances: .*\$\.annotations\[1\]\.bbox"),
-        (lambda d: d["images"][0].update(width="wide"), r"not COCO instances: .*\$\.images\[0\]\.width"),
+        (lambda d: d.pop("images"), r"expected COCO instances: .*missing required field `images`"),
+        (
+            lambda d: d["annotations"][1].update(bbox=[1, 2, 3]),
+            r"expected COCO instances: .*annotations\[1\]\.bbox",
+        ),
+        (lambda d: d["images"][0].update(width="wide"), r"expected COCO instances: .*\$\.images\[0\]\.width"),
         (lambda d: d["annotations"][2].update(category_id=4), r"annotations\[2\]\.category_id = 4: expected the id"),
         (lambda d: d["annotations"][0].update(image_id=8), r"annotations\[0\]\.image_id = 8: expected the id"),
         (lambda d: d["images"][0].update(id=5), r"images: expected unique ids, 5 occurs more than once"),
@@ -94,11 +100,11 @@ def test_annotations_that_are_not_coco_are_refused_with_the_place(tmp_path: Path
 
 
 def test_missing_and_malformed_annotation_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.json: no such annotation file"):
+    with pytest.raises(DataError, match=r"nowhere\.json: no such file: expected COCO instances"):
         load_coco(tmp_path / "nowhere.json", tmp_path)
     with pytest.raises(DataError, match=r"instances\.json: not JSON"):
         load(tmp_path, '{"images": [')
-    with pytest.raises(DataError, match=r"instances\.json: not COCO instances"):
+    with pytest.raises(DataError, match=r"instances\.json: expected COCO instances"):
         load(tmp_path, "[]")
 
 

@@ -1,3 +1,5 @@
+"""Drawings of detections: boxes, labels, colours and grids."""
+
 import itertools
 import os
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kernels
 from ssd_fast.__main__ import app
 from ssd_fast.config import DetectionConfig
-from ssd_fast.data.coco import Category
+from ssd_fast.data.annotations import Category
 from ssd_fast.evaluation.detector import Detector
 from ssd_fast.evaluation.export import ExportError, check_onnx, to_onnx
 from ssd_fast.model.anchors import model_anchors

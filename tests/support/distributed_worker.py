@@ -1,4 +1,4 @@
-"""What each process of tests/distributed/test_distributed.py does: `distributed_worker.py TASK ARGUMENTS…`."""
+"""One rank of the jobs in tests/distributed: `distributed_worker.py cases|run ARGUMENTS…`."""
 
 import os
 import signal
@@ -22,11 +22,12 @@ BAD_STEP = 2
 
 
 def make_trainer(world: World, overrides: Sequence[str] = (), *, frozen: bool = True) -> TrainStep:
-    """A trainer of the tiny detector; frozen: BatchNorm normalises with its running statistics and leaves them."""
+    """A trainer of the tiny detector; frozen: BatchNorm uses its running statistics and does not update them."""
     config = tiny_config(overrides)
     torch.manual_seed(0)
     trainer = TrainStep(
-        *(SSD(config.model, num_classes=3), config.optimizer),
+        SSD(config.model, num_classes=3),
+        config.optimizer,
         device=torch.device("cpu"),
         dtype=torch.float32,
         world=world,
@@ -39,7 +40,7 @@ def make_trainer(world: World, overrides: Sequence[str] = (), *, frozen: bool = 
 
 
 def make_batch(trainer: TrainStep, seed: int) -> TrainBatch:
-    """This rank's part of a batch of all."""
+    """This rank's part of the global batch."""
     generator = torch.Generator().manual_seed(seed)
     shape = (GLOBAL_BATCH_SIZE, trainer.model.num_anchors)
     labels = torch.zeros(shape, dtype=torch.int32)
@@ -51,7 +52,7 @@ def make_batch(trainer: TrainStep, seed: int) -> TrainBatch:
 
 
 def train(world: World, overrides: Sequence[str] = (), *, frozen: bool = True, bad_rank: int = -1) -> dict[str, Any]:
-    """Five steps; a rank may be given images that are not numbers in one of them."""
+    """Train five steps, and return what they left; bad_rank: the rank that gets NaN images in step BAD_STEP."""
     trainer = make_trainer(world, ("optimizer.clip_norm=5.0", *overrides), frozen=frozen)
     meter = LossMeter(world)
     windows, digests, statistics = [], [], []
@@ -78,7 +79,7 @@ def train(world: World, overrides: Sequence[str] = (), *, frozen: bool = True, b
 
 
 def average_layouts(world: World) -> dict[str, Any]:
-    """Gradients of convolutions in both memory layouts, averaged by the optimizer, and the mean of their copies."""
+    """Average gradients of convolutions in both memory layouts by the optimizer, and compare with means of copies."""
     found = {}
     for layout in (torch.channels_last, torch.contiguous_format):
         torch.manual_seed(0)
@@ -116,13 +117,13 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
 
 
 def run_cases(folder: str) -> None:
-    """Writes the results of all cases to a file of this rank."""
+    """Write the results of all cases to a file of this rank."""
     with connect(DistributedConfig(timeout_s=60)) as world:
         torch.save({name: case(world) for name, case in CASES.items()}, Path(folder) / f"{world.rank}.pt")
 
 
 def run(data: str, output: str, resume: str, rank: str, step: str, how: str, *overrides: str) -> None:
-    """Trains as `ssd-fast train`; one rank does something within one step, counted from 1 in this process."""
+    """Train as `ssd-fast train` does; in one step, counted from 1 in this process, one rank does what `how` says."""
     from ssd_fast.training.run import train
 
     original, count = TrainStep.__call__, 0
@@ -142,6 +143,7 @@ def run(data: str, output: str, resume: str, rank: str, step: str, how: str, *ov
 
 
 def act(how: str) -> None:
+    """Kill this process, send it a TERM, or put another interpreter in the place of Python."""
     match how:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,6 @@
 """What the tests of the input pipelines share: sets of images, loaders with small defaults, and pixels of batches."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,14 @@ UNCHANGED = Augmentation(
     hue_degrees=0.0,
     flip_probability=0.0,
 )
-SSD_CROP = replace(UNCHANGED, crop_min_ious=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9))
+
+
+def changed(augmentation: Augmentation, **changes: Any) -> Augmentation:
+    """The augmentation with some fields changed, validated."""
+    return Augmentation(**augmentation.model_dump() | changes)
+
+
+SSD_CROP = changed(UNCHANGED, crop_min_ious=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9))
 SSD = Augmentation()
 
 

@@ -1,4 +1,4 @@
-"""A small Slurm cluster on this machine: a controller and node daemons of Debian's packages, on ports of loopback."""
+"""A small Slurm cluster on this machine: a controller and node daemons from Debian's packages, on loopback ports."""
 
 import getpass
 import os
@@ -16,8 +16,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 _ENVIRONMENT = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 _START_S = 60.0
 
-# Node daemons share the host's address, each has its port. Nothing that needs cgroups or systemd. The nodes claim two
-# cores each, whatever the machine has. Links to /dev/null pass for the GPUs of one of them: a device must be a device.
+# The node daemons share the host's address and have a port each. Nothing here needs cgroups or systemd. Each node claims
+# two cores, whatever the machine has. Links to /dev/null pass for the GPUs of one node: Slurm wants a device.
 _SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -59,7 +59,7 @@ _NODES = ("cpu0", "cpu1", "gpu0")
 
 
 class Ended(NamedTuple):
-    """A job that is over. state: as Slurm names it, such as COMPLETED. status: exit status of its script."""
+    """The end of a job. state: Slurm's name of it, such as COMPLETED; status: exit status of the script."""
 
     state: str
     status: int
@@ -67,10 +67,10 @@ class Ended(NamedTuple):
 
 
 class SlurmCluster:
-    """A cluster as a context manager: partition `main` of two nodes, `gpu` of one; two cores a node."""
+    """A cluster while its context lasts: partition `main` with two nodes, `gpu` with one; two cores a node."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: empty, for everything that the daemons write; its path must fit into a socket's name."""
+        """folder: an empty one for all that the daemons write; its path must fit into the name of a socket."""
         self.folder = folder
         self.environment = {**_ENVIRONMENT, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons = ExitStack()
@@ -94,7 +94,7 @@ class SlurmCluster:
             options = [f"--{option}={self.folder}/{path}" for option, path in zip(files, paths, strict=True)]
             self._start(daemons, "munged", "--foreground", "--force", *options)
             self._wait_for("munged", (self.folder / "munge.socket").exists)
-            # -f wants an absolute path: the daemons of the job steps read it from other folders
+            # an absolute path: the daemons of job steps read the file from other folders
             conf = ("-D", "-f", str(self.folder / "slurm.conf"))
             self._start(daemons, "slurmctld", *conf)
             self._wait_for("slurmctld", lambda: "UP" in self.run("scontrol", "ping"))
@@ -114,7 +114,7 @@ class SlurmCluster:
             self._daemons.close()
 
     def run(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
-        """What one of Slurm's commands prints; standard error follows standard output."""
+        """Run one of Slurm's commands, and return its standard output and error together."""
         result = subprocess.run(
             command,
             env={**self.environment, **(environment or {})},
@@ -129,38 +129,42 @@ class SlurmCluster:
     def submit(
         self, options: Sequence[str], script: Path, arguments: Sequence[str] = (), *, environment: Mapping[str, str]
     ) -> str:
-        """Number of the job that sbatch makes; it writes to slurm-NUMBER.out in the cluster's folder."""
+        """Submit a job, and return its number; it writes to slurm-NUMBER.out in the cluster's folder."""
         places = (f"--chdir={self.folder}", f"--output={self.folder}/slurm-%j.out")
         answer = self.run("sbatch", "--parsable", *places, *options, str(script), *arguments, environment=environment)
         assert answer.isdecimal(), answer
         return answer
 
     def output(self, job: str) -> str:
-        """What a job has written so far."""
+        """Return what a job has written so far."""
         path = self.folder / f"slurm-{job}.out"
         return path.read_text() if path.exists() else ""
 
     def field(self, job: str, name: str) -> str:
-        """A value of `scontrol show job`."""
+        """Return a value of `scontrol show job`."""
         fields = self.run("scontrol", "-o", "show", "job", job).split()
         return next((value for key, _, value in (field.partition("=") for field in fields) if key == name), "")
 
     def start_requeued(self, job: str, seconds: float) -> None:
-        """Starts a job that requeues itself within so many seconds, without the two minutes that Slurm has it wait."""
+        """Start a job that requeues itself within so many seconds, without Slurm's delay of two minutes."""
         self.wait(lambda: self.field(job, "Reason") == "BeginTime", seconds, job)
-        time.sleep(3)  # sooner, its nodes would take it for the one that they have just ended
+        time.sleep(3)  # earlier, its nodes would take it for the start that they have just ended
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def wait_for_end(self, job: str, seconds: float) -> Ended:
-        """How a job ends within so many seconds."""
+        """Wait at most so many seconds for the end of a job, and return how it ended."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
         self.wait(lambda: self.field(job, "JobState") in over, seconds, job)
         status = int(self.field(job, "ExitCode").partition(":")[0])
         return Ended(self.field(job, "JobState"), status, int(self.field(job, "Restarts")))
 
     def wait(self, condition: Callable[[], object], seconds: float, job: str) -> None:
-        """Returns when a condition holds; fails, with what a job wrote, when it does not in time."""
-        _wait(condition, seconds, lambda: f"job {job}, {self.field(job, 'JobState')}:\n{self.output(job)}")
+        """Wait for a condition. If it does not hold in time, fail with the job's output, and cancel the job."""
+        try:
+            _wait(condition, seconds, lambda: f"job {job}, {self.field(job, 'JobState')}:\n{self.output(job)}")
+        except AssertionError:
+            self.run("scancel", job)  # other tests need its nodes
+            raise
 
     def _wait_for(self, daemon: str, ready: Callable[[], bool]) -> None:
         _wait(ready, _START_S, (self.folder / f"{daemon}.out").read_text)
@@ -181,7 +185,7 @@ def _wait(condition: Callable[[], object], seconds: float, state: Callable[[], s
 
 
 def missing_programs() -> list[str]:
-    """Programs of Slurm and munge that are not installed."""
+    """Return the programs of Slurm and munge that are not installed."""
     return [program for program in PROGRAMS if not shutil.which(program, path=_ENVIRONMENT["PATH"])]
 
 

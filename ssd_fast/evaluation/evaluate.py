@@ -1,0 +1,100 @@
+"""The evaluation of a checkpoint on the validation images of a data set."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ssd_fast import timing
+from ssd_fast.config import Config, DistributedConfig
+from ssd_fast.data.annotations import read_categories
+from ssd_fast.data.coco import load_coco
+from ssd_fast.data.loaders import make_eval_loader
+from ssd_fast.distributed.world import connect
+from ssd_fast.evaluation import coco_eval
+from ssd_fast.evaluation.detector import load_detector
+from ssd_fast.hardware import device_name
+from ssd_fast.progress import track
+
+
+class Evaluation(NamedTuple):
+    """The result of an evaluation.
+
+    scores: COCO's numbers. table: the detections of all images, in the order of the set.
+    config: the configuration that was used, which is the checkpoint's own unless another was given.
+    num_images: number of images of all ranks.
+    parts: seconds of each part of the evaluation, as in `timing.Timeline.parts`.
+    device, dtype: the device that computed, by name, and the number format it used.
+    """
+
+    scores: coco_eval.CocoScores
+    table: coco_eval.DetectionTable
+    config: Config
+    num_images: int
+    parts: Mapping[str, Sequence[float]]
+    device: str
+    dtype: torch.dtype
+
+
+def evaluate(
+    checkpoint: Path,
+    data_dir: Path,
+    *,
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+    only_annotated: bool = False,
+    start_s: float | None = None,
+) -> Evaluation | None:
+    """Detect objects on all validation images of a data set and score the detections.
+
+    Every rank of a parallel launch calls this and detects on its share of the images. Only rank 0 scores them; the
+    other ranks get None.
+
+    checkpoint: file of this program, or weights of the MLPerf reference, which need a config.
+    data_dir: in COCO's layout.
+    config: replaces the checkpoint's own. overrides: changes of the checkpoint's own ("section.key=value" each).
+    only_annotated: leave out images without annotations, as the MLPerf reference does.
+    start_s: moment, of time.perf_counter, at which the first part begins; None for the time of the call.
+    Raises ValueError for a checkpoint, a data set or a configuration that cannot be used.
+    """
+    start_s = time.perf_counter() if start_s is None else start_s
+    with connect(config.distributed if config else DistributedConfig()) as world:
+        device = world.device()
+        categories = read_categories(data_dir / config.data.val_annotations) if config else None
+        detector, config = load_detector(checkpoint, device, config=config, overrides=overrides, categories=categories)
+        val_set = load_coco(
+            data_dir / config.data.val_annotations,
+            data_dir / config.data.val_images,
+            only_annotated=only_annotated,
+            bad_images=config.data.bad_images,
+            bad_boxes=config.data.bad_boxes,
+        )
+        loader = make_eval_loader(config, val_set.images, device, world=world)
+        timeline = timing.Timeline(device, start_s)
+        timeline.settle("load")
+        table = detector.detect_set(track(loader, "evaluating", total=len(loader)), val_set, world, timeline)
+        timeline.settle("collecting")
+    if not world.is_main:
+        return None
+    category_ids = detector.category_ids_in(val_set).tolist()
+    scores = coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)
+    timeline.settle("scoring")
+    return Evaluation(
+        scores=scores,
+        table=table,
+        config=config,
+        num_images=len(val_set.images.file_names),
+        parts=timeline.parts(),
+        device=device_name(device, world.cores),
+        dtype=detector.dtype,
+    )
+
+
+def format_timing(evaluation: Evaluation) -> str:
+    """Return the device, the number format and the image size in a line, and a table of where the time went."""
+    size, batch_size = evaluation.config.model.image_size, evaluation.config.evaluation.batch_size
+    dtype = str(evaluation.dtype).removeprefix("torch.")
+    report = timing.format_report(evaluation.parts, num_images=evaluation.num_images, batch_size=batch_size)
+    return f"{evaluation.device}, {dtype}, {size} x {size} pixels\n{report}"

@@ -1,0 +1,117 @@
+"""Every way in which a rank may fail ends the others, and one of them names it."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from ranks import Job, horovodrun_environment, needs_horovod, rendezvous, started
+
+from ssd_fast.distributed import watch
+from ssd_fast.distributed.slurm import Launch
+from ssd_fast.distributed.watch import Sign, Watch
+
+TIMEOUT_S = 15
+# Twenty steps; then the last rank fails. Ranks connect when all of them have imported what they need: on a busy machine
+# that may take some of them longer than the timeout.
+FAIL = f"""
+import os, signal, sys, time
+from pathlib import Path
+import horovod.torch, torch
+from ssd_fast.config import DistributedConfig
+from ssd_fast.distributed.world import connect
+
+how, ready = sys.argv[1], Path(sys.argv[2])
+(ready / str(os.getpid())).touch()
+while len(list(ready.iterdir())) < int(os.environ["HOROVOD_SIZE"]):
+    time.sleep(0.05)
+with connect(DistributedConfig(timeout_s={TIMEOUT_S})) as world:
+    for step in range(100000):
+        if step == 20:
+            print(time.time(), flush=True)
+            if world.rank == world.size - 1:
+                if how == "raise":
+                    raise ValueError("a test's own error")
+                time.sleep(1000) if how == "sleep" else os.kill(os.getpid(), signal.SIGSTOP)
+        world.average_(torch.ones(1))
+"""
+
+
+@needs_horovod
+def test_a_lost_or_hung_rank_is_named_and_ends_the_others_in_time(tmp_path: Path) -> None:
+    def failing(stack: ExitStack, size: int, how: str) -> Job:
+        port = stack.enter_context(rendezvous())
+        (tmp_path / how).mkdir()
+        command = [sys.executable, "-c", FAIL, how, str(tmp_path / how)]
+        return stack.enter_context(started(size, command, horovodrun_environment, port))
+
+    with ExitStack() as stack:
+        stopped, asleep, raised = (failing(stack, *job) for job in ((3, "stop"), (2, "sleep"), (2, "raise")))
+        for job, ranks, reason in (
+            (raised, (0,), ") ended with: a test's own error"),
+            (stopped, (0, 1), ") gives no sign of life: killed, stopped or cut off"),
+            (asleep, (0,), ") lives, but hangs: it has not come to where the others wait"),
+        ):
+            ends = job.end_of(ranks)
+            assert [ended.status for ended in ends] == [1] * len(ranks), ends
+            lines = [line for ended in ends for line in ended.error_lines()]
+            assert len(lines) == 1, ends
+            assert f"error: rank {len(ranks)} (node0, process " in lines[0]
+            assert lines[0].endswith(reason)
+            assert all(ended.time - float(ended.output) < 2 * TIMEOUT_S for ended in ends)  # Gloo's own limit
+
+
+class Exit(Exception):
+    """In the place of the end of the process."""
+
+
+def given_up(
+    monkeypatch: pytest.MonkeyPatch, rank: int, before: Sequence[Sign | None], after: Sequence[Sign | None]
+) -> None:
+    """Let a rank give up: the others' signs are `before` at first, and `after` when it looks again."""
+    monkeypatch.setattr("os._exit", lambda status: (_ for _ in ()).throw(Exit(status)))
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    monkeypatch.setattr(watch.Board, "write", lambda *_: None)
+    signs = before
+
+    def sleep(_: float) -> None:
+        nonlocal signs
+        signs = after
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    monkeypatch.setattr(watch.Board, "read", lambda _, number: signs[number])
+    launch = Launch(rank, len(before), rank, len(before), host="a", rendezvous="http://nowhere", has_thread_count=True)
+    with pytest.raises(Exit, match="1"):
+        Watch(launch, 10).give_up()
+
+
+def sign(beats: int, state: str) -> Sign:
+    return Sign(beats, "a, process 1", state)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (None, "rank 1 has not started"),
+        (sign(2, "ended"), "rank 1 (a, process 1) ended"),
+        (sign(1, "waits"), "rank 1 (a, process 1) gives no sign of life: killed, stopped or cut off"),
+        (sign(2, "works"), "rank 1 (a, process 1) lives, but hangs: it has not come to where the others wait"),
+        (sign(2, "waits"), "all ranks wait for each other: the network between them may be the reason"),
+        (sign(2, "gave up"), "all ranks wait for each other: the network between them may be the reason"),
+    ],
+)
+def test_the_first_rank_to_give_up_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: Sign | None, message: str
+) -> None:
+    given_up(monkeypatch, 0, [sign(1, "waits"), sign(1, "waits")], [sign(2, "gave up"), last])
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_rank_is_silent_where_a_lower_one_gave_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signs = [sign(1, "gave up"), sign(1, "gave up"), None]
+    given_up(monkeypatch, 1, signs, signs)
+    assert capsys.readouterr().err == ""
