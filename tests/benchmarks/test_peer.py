@@ -1,4 +1,4 @@
-"""The benchmark beside torchvision: its peer does the same work as ours, and it prints how the two compare."""
+"""The benchmark against torchvision: its peer does the same work as ours, and the command prints the ratios."""
 
 import json
 import multiprocessing
@@ -50,7 +50,7 @@ def make_peer(dtype: torch.dtype = torch.float32) -> tuple[PeerTrainer, SSD, Ten
 
 
 def make_batch(seed: int, boxes_per_image: tuple[int, ...]) -> PeerBatch:
-    """One box in a quarter of the image, at least half as high and wide: no two anchors can overlap it equally."""
+    """Boxes in different quarters of the image and at least half their size, so that anchors never overlap one equally."""
     generator = torch.Generator().manual_seed(seed)
     boxes_ltrb, labels = [], []
     for count in boxes_per_image:

@@ -1,4 +1,4 @@
-"""What the tests of the input pipelines share: sets of images, loaders with small defaults, and pixels of batches."""
+"""Support for tests of the input pipelines: sets of images, loaders with small defaults, and pixels of batches."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -110,7 +110,7 @@ def eval_loader(images: LabelledImages, **changes: Any) -> EvalLoader:
 
 
 def batches(loader: TrainLoader, count: int) -> Iterator[tuple[list[int], TrainBatch]]:
-    """Image ids and batch of the next steps, across the ends of epochs."""
+    """Image ids and batch of the next steps, across ends of epochs."""
     while count:
         for batch in loader.epoch():
             yield loader.last_image_ids.tolist(), batch
