@@ -50,7 +50,7 @@ def make_peer(dtype: torch.dtype = torch.float32) -> tuple[PeerTrainer, SSD, Ten
 
 
 def make_batch(seed: int, boxes_per_image: tuple[int, ...]) -> PeerBatch:
-    """Boxes in different quarters of the image and at least half their size, so that anchors never overlap one equally."""
+    """Boxes in different quarters of the image, at least half as wide and high: anchors never overlap one equally."""
     generator = torch.Generator().manual_seed(seed)
     boxes_ltrb, labels = [], []
     for count in boxes_per_image:
