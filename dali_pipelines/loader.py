@@ -56,7 +56,7 @@ def decoder_placement(device: torch.device) -> str:
 
 
 def resized(images: Any, image_size: int) -> Any:
-    """Graph node of images of image_size x image_size, uint8 HWC. Triangular filter; the aspect is not kept."""
+    """Graph node of images resized to image_size x image_size, uint8 HWC, with a triangular filter."""
     return fn.resize(images, size=[image_size, image_size], antialias=True)
 
 

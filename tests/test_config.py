@@ -137,4 +137,4 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
 def test_configurations_cannot_be_changed() -> None:
     config = load_config(SSD300)
     with pytest.raises(ValueError, match="frozen"):
-        config.training.epochs = 1  # type: ignore[misc]
+        config.training.epochs = 1

@@ -13,7 +13,7 @@ from tiny import assert_same_end, tiny_config
 
 from ssd_fast.checkpoints.checkpoint import BEST, Checkpoint, CheckpointError, load_checkpoint, newest_checkpoint
 from ssd_fast.training.history import read_metrics
-from ssd_fast.training.run import INTERRUPTED, train
+from ssd_fast.training.run import train
 from ssd_fast.training.scores import read_scores
 
 STEPS = 16  # two epochs of eight: two ranks with four images each of 64
@@ -51,7 +51,7 @@ def test_a_run_of_two_ranks_stopped_killed_and_resumed_ends_as_if_uninterrupted(
     stopped = run_ranks(2, synthetic_set, output, act=(1, 3, "term"))
     assert [ended.status for ended in stopped] == [143, 143]
     assert newest(output).step == 4  # agreed on at the next step
-    assert (output / INTERRUPTED).read_text() == "signal 15, step 4\n"
+    assert (output / "interrupted").read_text() == "signal 15, step 4\n"
 
     killed = run_ranks(2, synthetic_set, output, EVERY_STEP, resume=True, act=(1, 7, "kill"))
     assert [ended.status for ended in killed] == [1, -9]
@@ -59,7 +59,7 @@ def test_a_run_of_two_ranks_stopped_killed_and_resumed_ends_as_if_uninterrupted(
     assert len(lines) == 1
     assert "error: rank 1 (node0, process " in lines[0]
     assert lines[0].endswith(") gives no sign of life: killed, stopped or cut off")
-    assert not (output / INTERRUPTED).exists()
+    assert not (output / "interrupted").exists()
 
     resumed = run_ranks(2, synthetic_set, output, resume=True)
     assert [ended.status for ended in resumed] == [0, 0]

@@ -1,4 +1,4 @@
-"""Support for tests of the input pipelines: sets of images, loaders with small defaults, and pixels of batches."""
+"""What the tests of the input pipelines share: sets of images, loaders with small defaults, and pixels of batches."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -32,15 +32,15 @@ UNCHANGED = Augmentation(
     hue_degrees=0.0,
     flip_probability=0.0,
 )
+SSD = Augmentation()
 
 
 def changed(augmentation: Augmentation, **changes: Any) -> Augmentation:
-    """The augmentation with some fields changed, validated."""
+    """A validated copy with other values."""
     return Augmentation(**augmentation.model_dump() | changes)
 
 
-SSD_CROP = changed(UNCHANGED, crop_min_ious=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9))
-SSD = Augmentation()
+SSD_CROP = changed(UNCHANGED, crop_min_ious=SSD.crop_min_ious)
 
 
 def grid_anchors() -> torch.Tensor:
@@ -110,7 +110,7 @@ def eval_loader(images: LabelledImages, **changes: Any) -> EvalLoader:
 
 
 def batches(loader: TrainLoader, count: int) -> Iterator[tuple[list[int], TrainBatch]]:
-    """Image ids and batch of the next steps, across ends of epochs."""
+    """Image ids and batch of the next steps, across the ends of epochs."""
     while count:
         for batch in loader.epoch():
             yield loader.last_image_ids.tolist(), batch
