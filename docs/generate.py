@@ -231,7 +231,7 @@ def _read_option(parameter: inspect.Parameter) -> _Option:
         default = f"`{parameter.default}`"
     meaning = _cell(info.help or "")
     if isinstance(kind, enum.EnumMeta):
-        meaning += " One of " + ", ".join(f"`{choice.value}`" for choice in kind) + "."
+        meaning += " One of " + ", ".join(f"`{choice.value}`" for choice in list[enum.Enum](kind)) + "."
     return _Option(usage, default, meaning)
 
 

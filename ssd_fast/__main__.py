@@ -13,7 +13,7 @@ from ssd_fast import exit_status
 from ssd_fast.loadgen.settings import Scenario
 from ssd_fast.recipe import load_config
 
-# Verbs import what they need when they run: help and a mistyped recipe do not wait for torch.
+# Verbs import their modules when they run, so that help and a mistyped recipe do not wait for torch.
 
 app = typer.Typer(
     help="SSD-ResNet34 object detection on COCO: train, evaluate, detect, benchmark.",
@@ -24,8 +24,10 @@ app = typer.Typer(
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe. Repeatable."),
 ]
+RecipeOption = Annotated[Path, typer.Option("--config", help="Recipe (TOML).", show_default=False)]
+DataOption = Annotated[Path, typer.Option("--data", help="Data folder in COCO's layout.", show_default=False)]
 OwnConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Recipe (TOML) in place of the checkpoint's own.", show_default=False)
 ]
@@ -40,15 +42,13 @@ AnnotationsOption = Annotated[
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="Recipe (TOML).", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Data folder in COCO's layout.", show_default=False)],
+    config: RecipeOption,
+    data: DataOption,
     output: Annotated[Path, typer.Option(help="Folder of the run.", show_default=False)],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Train a detector; checkpoints, records and images go to a folder."""
+    """Train a detector. Checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
     from ssd_fast.distributed import slurm
@@ -58,7 +58,7 @@ def train(
     with distributed.connect(recipe.distributed) as world:
         outcome = train_run(recipe, data, output, resume=resume, world=world)
     if outcome.stopped_by:
-        raise typer.Exit(0 if slurm.launched_by_slurm() else 128 + outcome.stopped_by)
+        raise typer.Exit(0 if slurm.launched_by_slurm() else exit_status.SIGNALLED + outcome.stopped_by)
     if not world.is_main:
         return
     target = recipe.evaluation.target_map
@@ -69,7 +69,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: CheckpointOption,
-    data: Annotated[Path, typer.Option(help="Data folder in COCO's layout.", show_default=False)],
+    data: DataOption,
     config: OwnConfigOption = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file for the detections, in COCO's result format.", show_default=False)
@@ -189,22 +189,13 @@ class Stage(enum.StrEnum):
 
 @app.command()
 def profile(
-    config: Annotated[
-        Path | None, typer.Option(help="Recipe (TOML); left out, two profiles are compared.", show_default=False)
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Data folder in COCO's layout; --stage step needs none.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe (TOML).", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Data folder in COCO's layout.", show_default=False)] = None,
     stage: Annotated[Stage, typer.Option(help="Stage to measure.")] = Stage.ALL,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for report.html, profile.json and traces.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for report and traces.", show_default=False)] = None,
     compare: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Earlier profile (its folder or profile.json) to compare with; may be given twice without --config.",
-            show_default=False,
-        ),
+        typer.Option(help="Earlier profile to compare with; without --config, two of them.", show_default=False),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Detector to use; left out, random weights.", show_default=False)
@@ -262,7 +253,7 @@ def profile(
 @app.command()
 def operators(
     config: Annotated[
-        list[Path], typer.Option(help="Recipe (TOML) whose anchors are used; may be repeated.", show_default=False)
+        list[Path], typer.Option(help="Recipe (TOML) whose anchors are used. Repeatable.", show_default=False)
     ],
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at a time; left out, 8 on a CPU, 128 or 32 on a GPU.")
@@ -305,7 +296,7 @@ def scaling(
         bool, typer.Option("--fp16-compression", help="Assume gradients of 2 bytes per element.")
     ] = False,
     assume: Annotated[
-        list[str] | None, typer.Option(metavar="FIGURE=VALUE", help="Replace an assumed figure; may be repeated.")
+        list[str] | None, typer.Option(metavar="FIGURE=VALUE", help="Replace an assumed figure. Repeatable.")
     ] = None,
 ) -> None:
     """Estimate the speed of many GPUs, and the term that limits it, from gradients measured in a small run."""
@@ -390,14 +381,13 @@ def synthesize(
 def options(
     show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
 ) -> None:
-    """What holds for all verbs."""
-    # read by main(), which catches the error after this has returned
+    """Options of all verbs; main() reads them from the command line."""
 
 
 def main() -> None:
-    """Runs the command line; an error that its user can mend is one line on stderr and exit status 1."""
-    # Before torch is imported. Waiting threads that spin take the cores from the input pipeline: with a busy loop on
-    # each of two cores, a step of the demo's model took 0.56 s (median of 7) without this, 0.35 s with it.
+    """Run the command line. An error that the user can correct is one line on stderr and exit status 1."""
+    # Set before torch is imported. Waiting threads that spin take cores from the input pipeline: with a busy loop on each
+    # of two cores, a step of the demo's model took 0.56 s (median of 7) without this, 0.35 s with it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

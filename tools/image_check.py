@@ -3,6 +3,7 @@
 `python tools/image_check.py inference|training` prints one line for each part, and fails at the first missing one.
 """
 
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -49,9 +50,7 @@ def check_training() -> None:
     from apex.optimizers import FusedSGD  # noqa: F401
 
     # apex can be imported without its kernels
-    import amp_C  # isort: skip
-    import bnp  # isort: skip
-
+    amp_C, bnp = (importlib.import_module(name) for name in ("amp_C", "bnp"))
     assert hasattr(amp_C, "multi_tensor_sgd"), "apex: FusedSGD's kernel is missing"
     assert hasattr(bnp, "bn_fwd_nhwc"), "apex: the kernels of groupbn are missing"
     print("apex: FusedSGD, groupbn")

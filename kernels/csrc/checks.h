@@ -31,8 +31,7 @@ inline void check_dtype(
   for (const at::ScalarType dtype : allowed) {
     fits = fits || tensor.scalar_type() == dtype;
   }
-  TORCH_CHECK_VALUE(
-      fits, name, " is torch.", c10::getDtypeNames(tensor.scalar_type()).first, ": expected ", expected);
+  TORCH_CHECK_VALUE(fits, name, " is torch.", c10::getDtypeNames(tensor.scalar_type()).first, ": expected ", expected);
 }
 
 inline void check_integer(const at::Tensor& tensor, const char* name) {
@@ -65,9 +64,8 @@ inline void check_predictions(const at::Tensor& deltas, const at::Tensor& logits
   check_floating_point(deltas, "deltas");
   check_floating_point(logits, "logits");
   TORCH_CHECK_VALUE(
-      deltas.scalar_type() == logits.scalar_type(), "logits is torch.",
-      c10::getDtypeNames(logits.scalar_type()).first, ": expected torch.",
-      c10::getDtypeNames(deltas.scalar_type()).first, ", like deltas");
+      deltas.scalar_type() == logits.scalar_type(), "logits is torch.", c10::getDtypeNames(logits.scalar_type()).first,
+      ": expected torch.", c10::getDtypeNames(deltas.scalar_type()).first, ", like deltas");
 }
 
 inline void check_multibox_loss(
@@ -118,8 +116,8 @@ inline void check_decode_nms(
 }
 
 inline void check_encode_boxes(
-    const at::Tensor& boxes_ltrb, const at::Tensor& labels, const at::Tensor& offsets,
-    const at::Tensor& anchors_cxcywh, double iou_threshold, const std::optional<at::Tensor>& tie_ranks) {
+    const at::Tensor& boxes_ltrb, const at::Tensor& labels, const at::Tensor& offsets, const at::Tensor& anchors_cxcywh,
+    double iou_threshold, const std::optional<at::Tensor>& tie_ranks) {
   check_shape(boxes_ltrb, "boxes_ltrb", {kAny, 4});
   check_dtype(boxes_ltrb, "boxes_ltrb", {at::kFloat}, "float32");
   check_shape(labels, "labels", {boxes_ltrb.size(0)});

@@ -189,7 +189,8 @@ def _check_input(image: object, name: str) -> Path | Image.Image:
     """Return the path of a file, or an upright RGB image. name: of the image in an error."""
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise ValueError(f"{image}: no such file: expected an image file")
+            found = "a folder" if Path(image).is_dir() else "no such file"
+            raise ValueError(f"{image}: {found}: expected an image file")
         return Path(image)
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):

@@ -16,10 +16,10 @@ import torch
 
 from ssd_fast import hardware
 from ssd_fast.config import Config
-from ssd_fast.data.annotations import NUMBERED_CATEGORIES
+from ssd_fast.data.annotations import NUMBERED_CATEGORIES, Category
 from ssd_fast.data.loaders import load_sets, make_train_loader
 from ssd_fast.distributed.world import World
-from ssd_fast.evaluation.detector import load_detector, make_random_detector
+from ssd_fast.evaluation.detector import Detector, load_detector, make_random_detector
 from ssd_fast.files import write_atomically
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.parts import ALLREDUCE, BACKWARD, FORWARD, INPUT
@@ -38,7 +38,7 @@ from ssd_fast.profiling.profile import (
     Stage,
 )
 from ssd_fast.profiling.report import to_html
-from ssd_fast.profiling.step_profiler import StepFindings, StepProfiler
+from ssd_fast.profiling.step_profiler import StepDetails, StepProfiler
 from ssd_fast.profiling.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,7 @@ def profile_run(
     """
     device, clock = world.device(), Stopwatch(world)
     sets = load_sets(config, data) if data else None
-    categories = sets.train.categories if sets else NUMBERED_CATEGORIES
-    if checkpoint:
-        detector, _ = load_detector(checkpoint, device, config=config, categories=categories)
-    else:
-        detector = make_random_detector(config, categories, device)
+    detector = _make_detector(config, checkpoint, sets.train.categories if sets else NUMBERED_CATEGORIES, device)
     batches = None
     if sets and {INPUT_ALONE, BOTH} & set(stages):
         loader = make_train_loader(config, sets.train, model_anchors(config.model), device, world)
@@ -93,7 +89,7 @@ def profile_run(
         profilers = [InputProfiler(config, sets.train, batches, world, clock)]
     profilers += [step] if step else []
     measured = _take_turns(profilers, seconds / _ROUNDS)
-    found = step.findings() if step else StepFindings()
+    details = step.details() if step else StepDetails()
     if EVALUATION in stages:
         assert sets is not None
         evaluated = profile_evaluation(config, detector, sets.val, world, clock, seconds=seconds)
@@ -101,20 +97,20 @@ def profile_run(
     logger.info("measuring the rates of this machine")
     clock.settle()
     profile = Profile(
-        machine=_measure_machine(world, detector.dtype, found.peak_bytes),
+        machine=_measure_machine(world, detector.dtype, details.peak_bytes),
         config=config.model_dump(mode="json", exclude_none=True),
         recipe=recipe,
         batch_size=config.training.batch_size,
         stages=tuple(measured),
-        spans=found.spans,
-        work=found.work,
-        doubled=dict(found.doubled),
+        spans=details.spans,
+        work=details.work,
+        doubled=dict(details.doubled),
         ranks=tuple(world.gather(_summarise_rank(measured))),
         findings=(),
     )
     if world.is_main:
         profile = profile.model_copy(update={"findings": tuple(find_bottlenecks(profile))})
-    return Measured(profile, found.trace)
+    return Measured(profile, details.trace)
 
 
 def write_files(folder: Path, measured: Measured, rank: int, before: Profile | None = None) -> None:
@@ -127,6 +123,15 @@ def write_files(folder: Path, measured: Measured, rank: int, before: Profile | N
     if rank == 0:
         write_atomically(folder / PROFILE_FILE, measured.profile.model_dump_json(indent=1).encode())
         write_atomically(folder / "report.html", to_html(measured.profile, before).encode())
+
+
+def _make_detector(
+    config: Config, checkpoint: Path | None, categories: tuple[Category, ...], device: torch.device
+) -> Detector:
+    if checkpoint is None:
+        return make_random_detector(config, categories, device)
+    detector, _ = load_detector(checkpoint, device, config=config, categories=categories)
+    return detector
 
 
 def _take_turns(profilers: Sequence[InputProfiler | StepProfiler], turn_s: float) -> list[Stage]:

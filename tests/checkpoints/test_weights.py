@@ -300,7 +300,7 @@ class TestBackbone:
         url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
         torch.save(resnet.state_dict(), empty_hub / url.rpartition("/")[2])
         load_backbone_weights(model, "imagenet")
-        assert torch.equal(model.backbone.conv1.weight, resnet.conv1.weight)
+        assert torch.equal(model.state_dict()["backbone.conv1.weight"], resnet.conv1.weight)
 
     def test_without_network_the_error_names_address_file_and_alternatives(
         self, empty_hub: Path, monkeypatch: pytest.MonkeyPatch

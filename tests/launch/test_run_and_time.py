@@ -137,7 +137,7 @@ def test_errors_have_a_status_of_their_own(folder: Path, tmp_path: Path) -> None
         (("1", "high"), {}, "TARGET = high: expected a COCO mAP"),
         ((), {"DATASET_DIR": "nowhere"}, "nowhere: no such folder: expected COCO (./download_dataset.sh)"),
         ((), {"CHECKPOINT": "none.pth"}, "none.pth: no such file: expected weights (./download_model.sh)"),
-        (("1", "0.2"), {"CONFIG": "none.toml"}, "error: none.toml: no such configuration file"),
+        (("1", "0.2"), {"CONFIG": "none.toml"}, "error: none.toml: no such recipe"),
     ):
         run = run_script(folder, *arguments, **environment)
         assert run.returncode == 2

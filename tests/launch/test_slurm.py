@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: Site
         site.cluster.wait(lambda: "asked to stop: the training saves within 90 s" in site.log_of(job), START_S, job)
     site.cluster.start_requeued(job, START_S)
     assert site.cluster.wait_for_end(job, RUN_S) == Ended("COMPLETED", 0, 1), site.log_of(job)
-    assert f"{site.run_of(job)}: goes on after step" in site.log_of(job)
+    assert f"{site.run_of(job)}: resumes after step" in site.log_of(job)
     assert not (site.run_of(job) / "interrupted").exists()
     assert_same_end(site.run_of(job), site.run_of(uncut_job), STEPS)
 
@@ -189,12 +190,17 @@ def test_a_cancelled_job_does_not_come_back_though_saved(cluster: SlurmCluster, 
     folder.mkdir()
     job = cluster.submit(RANKS, SCRIPT, environment=stand_in | {"WAIT": "1", "RUN": str(folder)})
     log = folder / "job.log"
-    cluster.wait(lambda: log.exists() and log.read_text().count("argument <--resume>") == 4, START_S, job)
+    cluster.wait(partial(counted, log, "argument <--resume>", 4), START_S, job)
     cluster.run("scancel", job)
     assert cluster.wait_for_end(job, START_S) == Ended("CANCELLED", 143, 0)
     assert (folder / "interrupted").exists()
     assert f"ended with status 143; to resume, repeat the command with RUN={folder}\n" in log.read_text()
     assert cluster.field(job, "JobState") == "CANCELLED"
+
+
+def counted(log: Path, word: str, times: int) -> bool:
+    """Return True when a log has a word so many times."""
+    return log.exists() and log.read_text().count(word) == times
 
 
 def test_starts_that_save_nothing_are_not_requeued_for_ever(cluster: SlurmCluster, stand_in: dict[str, str]) -> None:
@@ -204,7 +210,7 @@ def test_starts_that_save_nothing_are_not_requeued_for_ever(cluster: SlurmCluste
     starts.write_text("1\n")
     job = cluster.submit(RANKS, SCRIPT, environment=stand_in | {"WAIT": "1", "RUN": str(folder)})
     for number in (1, 2):
-        cluster.wait(lambda n=number: log.exists() and log.read_text().count("gloo=") == 4 * n, START_S, job)
+        cluster.wait(partial(counted, log, "gloo=", 4 * number), START_S, job)
         cluster.run("scancel", "--batch", "--signal=USR1", job)
         if number == 1:
             cluster.start_requeued(job, START_S)

@@ -1,5 +1,7 @@
 """LoadGen's settings for each scenario."""
 
+from typing import Any
+
 import pytest
 from repository import REPOSITORY
 
@@ -11,7 +13,7 @@ mlperf_loadgen = pytest.importorskip("mlperf_loadgen")
 
 def test_settings_are_those_of_the_last_round_with_this_detector() -> None:
     settings = load_config(REPOSITORY / "configs" / "ssd1200.toml").benchmark
-    made = {
+    made: dict[str, Any] = {
         scenario: make_settings(mlperf_loadgen, settings, scenario, "performance", batch_seconds=0.1)
         for scenario in Scenario
     }

@@ -14,6 +14,7 @@ from torch import nn
 from dali_pipelines.batch import TrainBatch
 from ssd_fast.config import DistributedConfig
 from ssd_fast.distributed.world import World, connect
+from ssd_fast.model.loss import Loss
 from ssd_fast.model.ssd import SSD
 from ssd_fast.training.step import LossMeter, TrainStep
 
@@ -128,12 +129,12 @@ def run(data: str, output: str, resume: str, rank: str, step: str, how: str, *ov
 
     original, count = TrainStep.__call__, 0
 
-    def train_step(self: TrainStep, *arguments: Any) -> Any:
+    def train_step(self: TrainStep, batch: TrainBatch, learning_rate: float) -> Loss:
         nonlocal count
         count += 1
         if count == int(step) and self.world.rank == int(rank):
             act(how)
-        return original(self, *arguments)
+        return original(self, batch, learning_rate)
 
     TrainStep.__call__ = train_step  # type: ignore[method-assign]
     config = tiny_config(("training.batch_size=4", "distributed.timeout_s=60", *overrides))
@@ -154,4 +155,4 @@ def act(how: str) -> None:
 
 
 if __name__ == "__main__":
-    {"cases": run_cases, "run": run}[sys.argv[1]](*sys.argv[2:])
+    run_cases(*sys.argv[2:]) if sys.argv[1] == "cases" else run(*sys.argv[2:])

@@ -16,8 +16,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 _ENVIRONMENT = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 _START_S = 60.0
 
-# The node daemons share the host's address, with a port each. Nothing here needs cgroups or systemd. Each node claims
-# two cores, whatever the machine has. Links to /dev/null pass for the GPUs of one node: Slurm wants a device.
+# The node daemons share the host's address and have a port each. Nothing here needs cgroups or systemd. Each node
+# claims two cores, whatever the machine has. Links to /dev/null pass for the GPUs of one node: Slurm wants a device.
 _SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

@@ -193,8 +193,8 @@ void find_candidates(
 // anchor's box.
 template <typename BoxOf>
 void suppress(
-    Candidate* begin, Candidate* end, const BoxOf& box_of, float iou_threshold, int64_t max_per_class,
-    Columns& columns, std::vector<Candidate>& kept) {
+    Candidate* begin, Candidate* end, const BoxOf& box_of, float iou_threshold, int64_t max_per_class, Columns& columns,
+    std::vector<Candidate>& kept) {
   if (end - begin > max_per_class) {
     std::nth_element(begin, begin + max_per_class, end);
     end = begin + max_per_class;
@@ -252,8 +252,7 @@ std::vector<Candidate> choose(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_nms(
     const at::Tensor& deltas_in, const at::Tensor& logits_in, const at::Tensor& anchors_in, double score_threshold,
     double iou_threshold, int64_t max_per_class, int64_t max_detections) {
-  check_decode_nms(
-      deltas_in, logits_in, anchors_in, score_threshold, iou_threshold, max_per_class, max_detections);
+  check_decode_nms(deltas_in, logits_in, anchors_in, score_threshold, iou_threshold, max_per_class, max_detections);
   const at::Tensor deltas = deltas_in.contiguous(), logits = logits_in.contiguous();
   const at::Tensor anchors = anchors_in.to(at::kFloat).contiguous();
   const int64_t batch_size = logits.size(0), num_anchors = logits.size(1), num_classes = logits.size(2);

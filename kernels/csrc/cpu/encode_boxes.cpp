@@ -49,8 +49,8 @@ Anchors::Anchors(const at::Tensor& anchors_cxcywh, const std::optional<at::Tenso
   for (int64_t row = 0; row < count; ++row) {
     const int64_t rank = tie_ranks.has_value() ? tie_ranks->const_data_ptr<int64_t>()[row] : row;
     TORCH_CHECK_VALUE(
-        rank >= 0 && rank < count && rows[rank] < 0, "tie_ranks[", row, "] = ", rank, ": expected a permutation of 0 to ",
-        count - 1);
+        rank >= 0 && rank < count && rows[rank] < 0, "tie_ranks[", row, "] = ", rank,
+        ": expected a permutation of 0 to ", count - 1);
     rows[rank] = static_cast<int32_t>(row);
   }
   for (auto* column : {&left, &top, &right, &bottom, &area}) {
@@ -89,8 +89,7 @@ SSD_FAST_CLONES int64_t match(
     }
     const int64_t i = v * kLanes;
     const Floats width = smaller(load(&anchors.right[i]), zero + right) - larger(load(&anchors.left[i]), zero + left);
-    const Floats height =
-        smaller(load(&anchors.bottom[i]), zero + bottom) - larger(load(&anchors.top[i]), zero + top);
+    const Floats height = smaller(load(&anchors.bottom[i]), zero + bottom) - larger(load(&anchors.top[i]), zero + top);
     const Floats intersection = larger(width, zero) * larger(height, zero);
     const Floats union_ = area + load(&anchors.area[i]) - intersection;  // positive, like the ground truth's area
     const Floats iou = intersection / union_;

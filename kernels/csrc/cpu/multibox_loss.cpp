@@ -147,8 +147,7 @@ void class_gradient(
 
 template <typename scalar_t>  // 16-bit
 void class_gradient(
-    const scalar_t* logits, int32_t label, int64_t num_classes, float log_normaliser, float scale,
-    scalar_t* gradient) {
+    const scalar_t* logits, int32_t label, int64_t num_classes, float log_normaliser, float scale, scalar_t* gradient) {
   std::vector<float> row_logits(logits, logits + num_classes), row_gradient(num_classes);
   class_gradient(row_logits.data(), label, num_classes, log_normaliser, scale, row_gradient.data());
   std::copy_n(row_gradient.begin(), num_classes, gradient);
@@ -231,7 +230,8 @@ std::tuple<T, T, int64_t> sum_image(
   int64_t num_ties = 0;  // number of chosen negatives with this key
   if (num_hard > 0) {
     limit = nth_largest(negatives, num_hard, scratch);
-    num_ties = num_hard - std::count_if(negatives.begin(), negatives.end(), [limit](Key<T> key) { return key > limit; });
+    num_ties =
+        num_hard - std::count_if(negatives.begin(), negatives.end(), [limit](Key<T> key) { return key > limit; });
   }
   for (int64_t anchor = 0; anchor < num_anchors; ++anchor) {
     if (labels[anchor] > 0) {
@@ -339,8 +339,8 @@ std::tuple<at::Tensor, at::Tensor> multibox_loss_backward(
         const T log_normaliser = normalisers_data[anchor];
         if (log_normaliser != std::numeric_limits<T>::infinity()) {
           class_gradient(
-              logits_data + anchor * num_classes, label, num_classes, log_normaliser,
-              grad_class_data[image] / divisor, grad_logits_data + anchor * num_classes);
+              logits_data + anchor * num_classes, label, num_classes, log_normaliser, grad_class_data[image] / divisor,
+              grad_logits_data + anchor * num_classes);
         }
       }
     });

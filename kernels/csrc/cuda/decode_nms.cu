@@ -133,9 +133,9 @@ __device__ __forceinline__ void find_in_tile(
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreadsPerTile) find_candidates(
-    const scalar_t* __restrict__ deltas, const scalar_t* __restrict__ logits,
-    const float* __restrict__ anchors_cxcywh, int64_t num_rows, int rows_per_warp, bool staged, int num_anchors,
-    int num_classes, float score_threshold, float log_threshold, Candidates candidates) {
+    const scalar_t* __restrict__ deltas, const scalar_t* __restrict__ logits, const float* __restrict__ anchors_cxcywh,
+    int64_t num_rows, int rows_per_warp, bool staged, int num_anchors, int num_classes, float score_threshold,
+    float log_threshold, Candidates candidates) {
   extern __shared__ uint4 tile[];
   const int rows_per_tile = rows_per_warp * kWarpsPerTile;
   const int64_t first = int64_t{blockIdx.x} * rows_per_tile;
@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(kThreadsPerImage) write_detections(
     float4* boxes_ltrb, float* scores, int* labels, int* counts) {
   extern __shared__ Key shared_keys[];
   const int image = blockIdx.x, count = min(survivor_counts[image], max_detections);
-  const Key* keys = sort_best(
-      survivors + image * survivors_per_image, survivor_counts[image], max_detections, shared_keys, capacity);
+  const Key* keys =
+      sort_best(survivors + image * survivors_per_image, survivor_counts[image], max_detections, shared_keys, capacity);
   for (int i = threadIdx.x; i < max_detections; i += kThreadsPerImage) {
     const int64_t place = int64_t{image} * max_detections + i;
     const bool found = i < count;
@@ -271,8 +271,7 @@ __global__ void __launch_bounds__(kThreadsPerImage) write_detections(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_nms(
     const at::Tensor& deltas_in, const at::Tensor& logits_in, const at::Tensor& anchors_in, double score_threshold_in,
     double iou_threshold, int64_t max_per_class, int64_t max_detections) {
-  check_decode_nms(
-      deltas_in, logits_in, anchors_in, score_threshold_in, iou_threshold, max_per_class, max_detections);
+  check_decode_nms(deltas_in, logits_in, anchors_in, score_threshold_in, iou_threshold, max_per_class, max_detections);
   const c10::cuda::CUDAGuard guard(deltas_in.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor deltas = deltas_in.contiguous(), logits = logits_in.contiguous();

@@ -60,7 +60,7 @@ __device__ __forceinline__ int row_at(const int64_t* offsets, int image, int num
 
 __device__ __forceinline__ bool is_usable(float4 box, int label) {
   return isfinite(box.x) && isfinite(box.y) && isfinite(box.z) && isfinite(box.w) && box.x < box.z && box.y < box.w &&
-         label >= 1;
+      label >= 1;
 }
 
 __device__ __forceinline__ float4 encode(float4 box, float4 anchor_cxcywh) {
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kThreads, 1) encode_images(
 }
 
 std::tuple<at::Tensor, at::Tensor> encode_boxes(
-    const at::Tensor& boxes_in, const at::Tensor& labels_in, const at::Tensor& offsets_in,
-    const at::Tensor& anchors_in, double iou_threshold, const std::optional<at::Tensor>& tie_ranks_in) {
+    const at::Tensor& boxes_in, const at::Tensor& labels_in, const at::Tensor& offsets_in, const at::Tensor& anchors_in,
+    double iou_threshold, const std::optional<at::Tensor>& tie_ranks_in) {
   check_encode_boxes(boxes_in, labels_in, offsets_in, anchors_in, iou_threshold, tie_ranks_in);
   const c10::cuda::CUDAGuard guard(boxes_in.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();

@@ -36,7 +36,7 @@ namespace ssd_fast {
 namespace {
 
 constexpr int kThreadsPerImage = 1024;  // of choose_anchors
-constexpr int kThreads = 256;           // of write_gradients
+constexpr int kThreads = 256;  // of write_gradients
 
 // rows: the logits of a tile, in shared or global memory. Lanes 8 j to 8 j + 7 of a warp reduce its row 4 i + j, and
 // lane 8 j + i keeps the result, so that all lanes take their logarithms together. Lanes beyond the last row reduce
