@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -182,8 +182,13 @@ def cpu_seconds() -> float:
 
 def anybody_runs() -> bool:
     """True if a thread of this process or its children, other than the calling one, runs or is ready to run."""
-    threads = (thread for pid in _pids() for thread in Path(f"/proc/{pid}/task").iterdir())
-    return any(_stat(thread / "stat")[0] == "R" for thread in threads if thread.name != str(threading.get_native_id()))
+    for pid in _pids():
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            if thread.name != str(threading.get_native_id()):
+                with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+                    if _stat(thread / "stat")[0] == "R":
+                        return True
+    return False
 
 
 def _pids() -> list[int | None]:

@@ -1,4 +1,4 @@
-"""What needs DALI on a GPU: batches equal to the CPU's, and learning."""
+"""Checks that need DALI on a GPU: its batches equal the CPU's, and training learns."""
 
 import argparse
 import os
