@@ -12,7 +12,6 @@ from nvidia import dali
 from nvidia.dali import Pipeline, fn
 from torch import Tensor
 
-from dali_pipelines.augment import PIXEL_PARTS as PIXEL_PARTS
 from dali_pipelines.augment import Augmented, augmented
 from dali_pipelines.batch import Augmentation, LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes

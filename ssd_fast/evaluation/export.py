@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.boxes import CENTRE_VARIANCE, SIZE_VARIANCE
+from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
 from ssd_fast.config import Config, DetectionConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.evaluation.detector import Detector, load_detector

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tiny import tiny_config
 
-from dali_pipelines.train import PIXEL_PARTS
+from dali_pipelines.augment import PIXEL_PARTS
 from ssd_fast.profiling.bottleneck import find_bottlenecks
 from ssd_fast.profiling.profile import (
     BOTH,
