@@ -16,6 +16,7 @@ from tiny import TINY, tiny_config
 from typer.testing import CliRunner
 
 from dali_pipelines import loader, train
+from dali_pipelines.augment import PIXEL_PARTS
 from ssd_fast import hardware
 from ssd_fast.__main__ import app
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES
@@ -130,7 +131,7 @@ def test_the_parts_of_the_input_are_those_of_pipelines_that_end_early(synthetic_
     report = measure(synthetic_set, [INPUT_ALONE])
     fed = report.stage(INPUT_ALONE)
     assert fed is not None
-    assert [part.name for part in fed.parts] == [*train.PIXEL_PARTS, "encode, hand over"]
+    assert [part.name for part in fed.parts] == [*PIXEL_PARTS, "encode, hand over"]
     wholes = [sum(parts) for parts in zip(*fed.samples.values(), strict=True)]
     assert fed.samples["read"] != wholes
     assert min(wholes) > 0
