@@ -52,14 +52,12 @@ def train(
     recipe = load_config(config, overrides or ())
 
     from ssd_fast.distributed import slurm
-    from ssd_fast.distributed import world as distributed
     from ssd_fast.training.run import train as train_run
 
-    with distributed.connect(recipe.distributed) as world:
-        outcome = train_run(recipe, data, output, resume=resume, world=world)
+    outcome = train_run(recipe, data, output, resume=resume)
     if outcome.stopped_by:
         raise typer.Exit(0 if slurm.launched_by_slurm() else exit_status.SIGNALLED + outcome.stopped_by)
-    if not world.is_main:
+    if not outcome.is_main:
         return
     target = recipe.evaluation.target_map
     reached = f" (target {target:g} {'reached' if outcome.reached_target else 'not reached'})" if target < 1 else ""
@@ -208,7 +206,6 @@ def profile(
     recipe = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress
-    from ssd_fast.distributed import world as distributed
     from ssd_fast.profiling import report
     from ssd_fast.profiling.profile import STAGES_OF_OPTION, read_profile
 
@@ -221,23 +218,17 @@ def profile(
     from ssd_fast.profiling.profiler import profile_run, write_files
 
     before = earlier[0] if earlier else None
-    with distributed.connect(recipe.distributed) as world:
-        measured = profile_run(
-            recipe,
-            data,
-            world,
-            recipe=config.name,
-            stages=STAGES_OF_OPTION[stage],
-            seconds=seconds,
-            checkpoint=checkpoint,
-        )
-    if world.is_main:
+    measured = profile_run(
+        recipe, data, recipe=config.name, stages=STAGES_OF_OPTION[stage], seconds=seconds, checkpoint=checkpoint
+    )
+    is_main = measured.rank == 0
+    if is_main:
         print(report.format_profile(measured.profile))
         if before:
             print("\n" + report.format_comparison(before, measured.profile))
     if output is not None:
-        write_files(output, measured, world.rank, before)
-        if world.is_main:
+        write_files(output, measured, before)
+        if is_main:
             print(f"\n{output}: report.html, profile.json, and traces for https://ui.perfetto.dev")
 
 
@@ -257,15 +248,14 @@ def operators(
     recipes = [load_config(path, overrides or ()) for path in config]
     _make_folder(output)
 
-    from ssd_fast import files, progress
-    from ssd_fast.distributed import world as distributed
-    from ssd_fast.profiling.operators import format_operators, profile_operators
+    from ssd_fast import progress
+    from ssd_fast.profiling.operators import format_operators, profile_operators, write_operators
 
     progress.setup_logging(None)
-    measured = profile_operators(recipes, distributed.World().device(), batch_size=batch_size, repeats=repeats)
+    measured = profile_operators(recipes, batch_size=batch_size, repeats=repeats)
     print(format_operators(measured))
     if output is not None:
-        files.write_atomically(output / "operators.json", measured.to_json().encode())
+        write_operators(output, measured)
 
 
 def _make_folder(output: Path | None) -> None:

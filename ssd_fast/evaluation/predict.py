@@ -124,6 +124,16 @@ class ImageDetector:
         return self._array_loader.batches([np.asarray(image) for image in images])
 
 
+def load_image_detector(
+    path: Path, *, config: Config | None, annotations: Path | None, device: str | torch.device | None
+) -> ImageDetector:
+    """Return the detector of a checkpoint. Arguments: those of `ssd_fast.load_detector`."""
+    chosen = World().device() if device is None else torch.device(device)
+    categories = read_categories(annotations) if annotations else None
+    detector, config = load_detector(path, chosen, config=config, categories=categories)
+    return ImageDetector(detector, config, chosen)
+
+
 class FilesDetected(NamedTuple):
     """num_images: number of images. parts: seconds of each part of the work, as in `timing.Timeline.parts`."""
 

@@ -18,6 +18,7 @@ from ssd_fast import hardware
 from ssd_fast.config import Config
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES, Category
 from ssd_fast.data.loaders import load_sets, make_train_loader
+from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector, load_detector, make_random_detector
 from ssd_fast.files import write_atomically
@@ -47,23 +48,27 @@ _ROUNDS = 3
 
 
 class Measured(NamedTuple):
-    """trace: a few steps of this rank for Perfetto (gzip); empty where no step was measured."""
+    """The measurements of a rank.
+
+    profile: complete on rank 0; on other ranks it has no findings.
+    trace: a few steps of this rank for Perfetto (gzip); empty where no step was measured.
+    """
 
     profile: Profile
     trace: bytes
+    rank: int
 
 
 def profile_run(
     config: Config,
     data: Path | None,
-    world: World,
     *,
     recipe: str,
     stages: Collection[str],
     seconds: float,
     checkpoint: Path | None = None,
 ) -> Measured:
-    """Measure the stages of a recipe. The profile is complete on rank 0; on other ranks it has no findings.
+    """Measure the stages of a recipe, on every rank of a parallel launch that calls this.
 
     data: folder in COCO's layout. Without it only STEP_ALONE can be measured, for 80 classes.
     recipe: name of the recipe. stages: some of `profile.STAGES`.
@@ -71,6 +76,19 @@ def profile_run(
     checkpoint: detector whose weights are used. Without it they are random and detect next to nothing.
     Raises ValueError and OSError as training does.
     """
+    with connect(config.distributed) as world:
+        return _profile(config, data, world, recipe, stages, seconds, checkpoint)
+
+
+def _profile(
+    config: Config,
+    data: Path | None,
+    world: World,
+    recipe: str,
+    stages: Collection[str],
+    seconds: float,
+    checkpoint: Path | None,
+) -> Measured:
     device, clock = world.device(), Stopwatch(world)
     sets = load_sets(config, data) if data else None
     detector = _make_detector(config, checkpoint, sets.train.categories if sets else NUMBERED_CATEGORIES, device)
@@ -110,17 +128,17 @@ def profile_run(
     )
     if world.is_main:
         profile = profile.model_copy(update={"findings": tuple(find_bottlenecks(profile))})
-    return Measured(profile, details.trace)
+    return Measured(profile, details.trace, world.rank)
 
 
-def write_files(folder: Path, measured: Measured, rank: int, before: Profile | None = None) -> None:
+def write_files(folder: Path, measured: Measured, before: Profile | None = None) -> None:
     """Write the trace of a rank to a folder; for rank 0 also profile.json and report.html.
 
     before: an earlier profile, for report.html to compare with.
     """
     if measured.trace:
-        write_atomically(folder / f"trace_rank{rank}.json.gz", measured.trace)
-    if rank == 0:
+        write_atomically(folder / f"trace_rank{measured.rank}.json.gz", measured.trace)
+    if measured.rank == 0:
         write_atomically(folder / PROFILE_FILE, measured.profile.model_dump_json(indent=1).encode())
         write_atomically(folder / "report.html", to_html(measured.profile, before).encode())
 

@@ -50,7 +50,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measure(data: Path | None, stages: Sequence[str], overrides: Sequence[str] = (), seconds: float = 0.3) -> Profile:
     config = tiny_config(overrides)
-    return profile_run(config, data, World(), recipe="tiny.toml", stages=stages, seconds=seconds).profile
+    return profile_run(config, data, recipe="tiny.toml", stages=stages, seconds=seconds).profile
 
 
 def test_the_command_leaves_a_report_that_can_be_compared(synthetic_set: Path, tmp_path: Path) -> None:
