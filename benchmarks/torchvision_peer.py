@@ -34,7 +34,8 @@ from torchvision_training import (
 )
 
 from dali_pipelines.synthetic import SyntheticTrainLoader
-from ssd_fast.config import Config
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import load_sets, make_train_loader
 from ssd_fast.distributed.slurm import launched_by_slurm
 from ssd_fast.distributed.world import World
@@ -43,7 +44,6 @@ from ssd_fast.hardware import compute_dtype, device_name, input_threads, usable_
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
-from ssd_fast.recipe import load_config
 from ssd_fast.training.step import TrainStep
 
 MEASURES = {"input": "input alone", "step": "step alone", "both": "both together"}

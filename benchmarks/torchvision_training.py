@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Augmentation, LabelledImages
 from kernels.boxes import cxcywh_to_ltrb
 from kernels.constants import CENTRE_VARIANCE, NEGATIVES_PER_POSITIVE, SIZE_VARIANCE
-from ssd_fast.config import OptimizerConfig
+from ssd_fast.config.sections import OptimizerConfig
 from ssd_fast.model.ssd import SSD
 
 PREFETCHED_PER_WORKER = 2  # batches; the DataLoader's default

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from ssd_fast.config import Config
+    from ssd_fast.config.sections import Config
     from ssd_fast.evaluation.coco_eval import CocoScores
     from ssd_fast.evaluation.predict import ImageDetector
     from ssd_fast.training.run import Outcome
@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     overrides: "section.key=value" each, with the value in TOML's notation; a bare word is a string.
     Raises ValueError that lists every key that is unknown, has the wrong type or contradicts another.
     """
-    from ssd_fast import recipe
+    from ssd_fast.config import recipe
 
     return recipe.load_config(Path(path), overrides)
 

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from ssd_fast import exit_status
+from ssd_fast.config.recipe import load_config
 from ssd_fast.loadgen.settings import Scenario
-from ssd_fast.recipe import load_config
 
 # Verbs import their modules when they run, so that help and a mistyped recipe do not wait for torch.
 

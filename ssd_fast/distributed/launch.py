@@ -1,6 +1,6 @@
 """The way into the world: what a launcher has made this process part of."""
 
-from ssd_fast.config import DistributedConfig
+from ssd_fast.config.sections import DistributedConfig
 from ssd_fast.distributed.slurm import read_launch
 from ssd_fast.distributed.world import World
 

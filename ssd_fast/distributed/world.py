@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from ssd_fast.config import DistributedConfig
+from ssd_fast.config.sections import DistributedConfig
 from ssd_fast.hardware import usable_cores
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ssd_fast import timing
-from ssd_fast.config import Config, DistributedConfig
+from ssd_fast.config.sections import Config, DistributedConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.coco import load_coco
 from ssd_fast.data.loaders import make_eval_loader

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
-from ssd_fast.config import Config, DetectionConfig
+from ssd_fast.config.sections import Config, DetectionConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.evaluation.detector import Detector, load_detector
 from ssd_fast.files import write_atomically

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from dali_pipelines.arrays import ArrayLoader
 from dali_pipelines.batch import EvalBatch, LabelledImages
 from dali_pipelines.evaluate import EvalLoader
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.boxes import xywh_to_ltrb
 from ssd_fast.data.images import find_images

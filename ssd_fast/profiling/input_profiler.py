@@ -11,7 +11,7 @@ from statistics import median
 from dali_pipelines.augment import PIXEL_PARTS
 from dali_pipelines.batch import TrainBatch
 from dali_pipelines.train import CutInput
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import loader_arguments
 from ssd_fast.distributed.world import World

@@ -20,7 +20,7 @@ import torch
 
 import kernels
 from ssd_fast import hardware
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.distributed.world import World
 from ssd_fast.files import write_atomically
 from ssd_fast.model.anchors import model_anchors

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ssd_fast import hardware
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES, Category
 from ssd_fast.data.loaders import load_sets, make_train_loader
 from ssd_fast.distributed.launch import connect

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dali_pipelines.batch import TrainBatch
 from dali_pipelines.synthetic import SyntheticTrainLoader
 from ssd_fast import hardware
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector
 from ssd_fast.parts import INPUT, STEP_PARTS

@@ -16,7 +16,8 @@ from ssd_fast.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from ssd_fast.checkpoints.weights import load_backbone_weights, load_for_finetuning
-from ssd_fast.config import Config
+from ssd_fast.config.recipe import dump_toml
+from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import TrainAndVal, load_sets, make_eval_loader, make_train_loader
 from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
@@ -26,7 +27,6 @@ from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
-from ssd_fast.recipe import dump_toml
 from ssd_fast.training.folder import RunFolder
 from ssd_fast.training.loop import Flags, Loop, Window
 from ssd_fast.training.records import Records

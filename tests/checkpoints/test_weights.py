@@ -20,9 +20,9 @@ from ssd_fast.checkpoints.weights import (
     load_weights,
     read_state_dict,
 )
-from ssd_fast.config import ModelConfig
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import ModelConfig
 from ssd_fast.model.ssd import SSD
-from ssd_fast.recipe import load_config
 
 RECIPE = REPOSITORY / "configs" / "ssd300.toml"
 CONFIG = ModelConfig(

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 import kernels
 from ssd_fast.__main__ import app
-from ssd_fast.config import DetectionConfig
+from ssd_fast.config.recipe import dump_toml
+from ssd_fast.config.sections import DetectionConfig
 from ssd_fast.data.annotations import Category
 from ssd_fast.evaluation.detector import Detector
 from ssd_fast.evaluation.export import ExportError, check_onnx, to_onnx
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD, Predictions
-from ssd_fast.recipe import dump_toml
 
 CATEGORIES = (Category(3, "disc"), Category(7, "bar"), Category(9, "ring"))
 NUM_ANCHORS, NUM_LOGITS = 340, len(CATEGORIES) + 1

@@ -10,10 +10,10 @@ from repository import REPOSITORY
 from tiny import tiny_config
 
 from ssd_fast.checkpoints.checkpoint import load_checkpoint
+from ssd_fast.config.recipe import load_config
 from ssd_fast.data.synthesize import KINDS, synthesize
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
-from ssd_fast.recipe import load_config
 from ssd_fast.training.run import train
 
 CONFIGS = REPOSITORY / "configs"

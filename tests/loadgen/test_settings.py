@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from repository import REPOSITORY
 
+from ssd_fast.config.recipe import load_config
 from ssd_fast.loadgen.settings import Scenario, make_settings
-from ssd_fast.recipe import load_config
 
 mlperf_loadgen = pytest.importorskip("mlperf_loadgen")
 

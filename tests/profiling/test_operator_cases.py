@@ -9,9 +9,9 @@ from repository import REPOSITORY
 from torch import Tensor
 
 from kernels import reference
+from ssd_fast.config.recipe import load_config
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.profiling import operator_cases
-from ssd_fast.recipe import load_config
 
 SSD300, DEMO = (REPOSITORY / "configs" / f"{name}.toml" for name in ("ssd300", "demo"))
 PREDICTIONS = (

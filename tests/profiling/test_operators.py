@@ -14,11 +14,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ssd_fast.__main__ import app
+from ssd_fast.config.recipe import load_config
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.profiling import operators
 from ssd_fast.profiling.operator_cases import ORACLE, OURS, Case, Implementation
 from ssd_fast.profiling.operators import ResultError, measure
-from ssd_fast.recipe import load_config
 
 CPU = torch.device("cpu")
 SSD1200, DEMO = (REPOSITORY / "configs" / f"{name}.toml" for name in ("ssd1200", "demo"))

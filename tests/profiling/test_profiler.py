@@ -19,6 +19,7 @@ from dali_pipelines import loader, train
 from dali_pipelines.augment import PIXEL_PARTS
 from ssd_fast import hardware
 from ssd_fast.__main__ import app
+from ssd_fast.config.recipe import load_config
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import make_random_detector
@@ -29,7 +30,6 @@ from ssd_fast.profiling.profile import BOTH, EVALUATION, INPUT_ALONE, STAGES, ST
 from ssd_fast.profiling.profiler import profile_run
 from ssd_fast.profiling.step_profiler import StepProfiler, _covered
 from ssd_fast.profiling.stopwatch import Stopwatch
-from ssd_fast.recipe import load_config
 from ssd_fast.training import loop, step
 from ssd_fast.training.step import TrainStep
 

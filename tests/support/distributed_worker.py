@@ -12,7 +12,7 @@ from tiny import tiny_config
 from torch import nn
 
 from dali_pipelines.batch import TrainBatch
-from ssd_fast.config import DistributedConfig
+from ssd_fast.config.sections import DistributedConfig
 from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.model.loss import Loss
