@@ -7,7 +7,7 @@ A loss is the time of a step beyond the time that it should need:
 - loss: more than a small share of the time of forward and backward;
 - batch: half a step with twice the images is shorter;
 - host: time between the parts, and time in which a GPU is idle though its input is there.
-The largest loss bounds the run if it is more than a seventh of the time. Otherwise the arithmetic does.
+The largest loss bounds the run if it is more than 15% of the time. Otherwise the arithmetic does.
 """
 
 from collections.abc import Iterator
