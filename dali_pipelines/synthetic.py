@@ -1,6 +1,5 @@
 """Batches from fixed tensors, without disk, decoding or DALI, for profiling and for tests."""
 
-import json
 from collections.abc import Iterator
 from typing import Self
 
@@ -18,7 +17,6 @@ class SyntheticTrainLoader:
     quarter of them), with labels 1 to num_classes.
 
     num_anchors: A. num_classes: without background.
-    state: from `state()` of a loader with the same steps_per_epoch.
     """
 
     def __init__(
@@ -31,10 +29,8 @@ class SyntheticTrainLoader:
         device: torch.device,
         steps_per_epoch: int,
         seed: int,
-        state: bytes | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch
-        self._step = 0 if state is None else _step_of(state, steps_per_epoch)
         generator = torch.Generator().manual_seed(seed)
         shape = (batch_size, num_anchors)
         positive = torch.rand(shape, generator=generator) < min(_POSITIVES_PER_IMAGE / num_anchors, 0.25)
@@ -47,14 +43,9 @@ class SyntheticTrainLoader:
         )
 
     def epoch(self) -> Iterator[TrainBatch]:
-        """Iterate over the rest of the current epoch; at its end, over the whole next one."""
-        for step in range(self._step, self.steps_per_epoch):
-            self._step = (step + 1) % self.steps_per_epoch
+        """Iterate over an epoch."""
+        for _ in range(self.steps_per_epoch):
             yield self._batch
-
-    def state(self) -> bytes:
-        """Return the position after the batch that was given last."""
-        return json.dumps({"step": self._step, "steps per epoch": self.steps_per_epoch}).encode()
 
     def close(self) -> None:
         """Do nothing: there are no threads to end."""
@@ -67,9 +58,9 @@ class SyntheticTrainLoader:
 
 
 class SyntheticEvalLoader:
-    """An `EvalLoader` over this rank's part of num_images standard normal images of image_size pixels.
+    """An `EvalLoader` of num_images standard normal images of image_size pixels, with ids from 0.
 
-    Every batch holds the same pixels. The image ids count from 0 over all ranks.
+    Every batch holds the same pixels.
     """
 
     def __init__(
@@ -80,10 +71,8 @@ class SyntheticEvalLoader:
         batch_size: int,
         device: torch.device,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        self._image_ids = torch.arange(num_images).tensor_split(world_size)[rank]
+        self._image_ids = torch.arange(num_images)
         self._image_size = image_size
         self._images = _random_images(batch_size, image_size, device, torch.Generator().manual_seed(seed))
 
@@ -92,8 +81,6 @@ class SyntheticEvalLoader:
         return -(-len(self._image_ids) // len(self._images))
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        if not len(self._image_ids):  # split() of nothing is one empty part
-            return
         for image_ids in self._image_ids.split(len(self._images)):
             yield EvalBatch(
                 images=self._images[: len(image_ids)],
@@ -110,13 +97,3 @@ def _random_images(batch_size: int, image_size: int, device: torch.device, gener
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pixels = torch.randn((batch_size, image_size, image_size, 3), generator=generator)
     return pixels.to(device, dtype).permute(0, 3, 1, 2)
-
-
-def _step_of(state: bytes, steps_per_epoch: int) -> int:
-    try:
-        saved = json.loads(state)
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict) or saved.get("steps per epoch") != steps_per_epoch:
-        raise ValueError(f"state of the synthetic input: expected one with steps per epoch = {steps_per_epoch}")
-    return int(saved["step"])

@@ -123,7 +123,7 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
     return content.SerializeToString()
 
 
-def check_onnx(content: bytes, detector: Detector, *, with_decode: bool, batch_size: int = 1) -> str | None:
+def check_onnx(content: bytes, detector: Detector, *, with_decode: bool) -> str | None:
     """Compare onnxruntime with PyTorch on random images; return the result as a sentence.
 
     Return None if onnxruntime is not installed.
@@ -137,7 +137,7 @@ def check_onnx(content: bytes, detector: Detector, *, with_decode: bool, batch_s
 
     module, names = _module(detector, with_decode=with_decode)
     size = detector.model.config.image_size
-    images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     found = [torch.from_numpy(value) for value in session.run(names, {"images": images.numpy()})]
     with torch.inference_mode():

