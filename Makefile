@@ -1,17 +1,19 @@
-# make demo   environment, synthetic data, training, evaluation, images: everything once, in minutes, on two CPU cores
-# make test   the test suite
-# make horovod   Horovod, from its source against this PyTorch; a wheel is kept, so that the next time takes seconds
-# make slurm   as root, on Debian and its kin: Slurm, whose tests start a cluster of their own, and are skipped without it
-# make sanitize   the tests of the CPU operators under the compiler's sanitizers
-# make docs   the documents as a site, build/docs/index.html; a stale page or a broken link is an error
-# Each target makes .venv first when it is missing or when what it was made from has changed.
+# make demo      environment, synthetic data, training, evaluation, annotated images; minutes on two CPU cores
+# make test      the test suite
+# make horovod   Horovod, built from source against this PyTorch; the wheel is kept for the next time
+# make slurm     Slurm, for the tests that start a cluster of their own (as root, on Debian and its derivatives)
+# make sanitize  the tests of the CPU operators under the compiler's sanitizers
+# make docs      the documents as a site, build/docs/index.html; a stale page or a broken link is an error
+# make lint      format, types, shell scripts
+# make gpu-check builds, checks and measures everything that needs a GPU, and prints a table
+# Each target first makes .venv if it is missing or older than the files that it is made from.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
 
-# the first of these that is a working Python 3.11 or newer; another one: make PYTHON=/path/to/python3 …
+# The first working Python from 3.11 to 3.13. To use another one: make PYTHON=/path/to/python3 …
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.13; do \
     "$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
     && { command -v "$$p"; break; }; done)
@@ -19,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := output/demo
 SANITIZED := build/sanitized
-KERNEL_SOURCES := $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
+KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
 .PHONY: demo test horovod slurm sanitize docs lint clean install gpu-check
 
@@ -34,7 +36,7 @@ $(VENV)/installed: requirements.lock pyproject.toml setup.py $(KERNEL_SOURCES)
 	$(BIN)/python -c 'import kernels; print("kernels:", kernels.cuda_build())'
 	touch $@
 
-# Goes on where an interrupted demo stopped; `make clean` starts afresh.
+# Resumes an interrupted demo; `make clean` starts afresh.
 demo: install
 	@[ -e $(DEMO)/data ] || $(BIN)/ssd-fast synthesize $(DEMO)/data --images 2000 --seed 1
 	$(BIN)/ssd-fast train --config configs/demo.toml --data $(DEMO)/data --output $(DEMO)/run --resume
@@ -56,8 +58,8 @@ slurm:
 test: install horovod
 	@$(BIN)/python -m pytest -n auto
 
-# Memory errors and undefined behaviour of the CPU operators. The sanitizers' libraries must be loaded first, and with
-# them the C++ library, whose exceptions they watch. What torch.compile makes is not ours and would be built without them.
+# Finds memory errors and undefined behaviour of the CPU operators. The sanitizers' libraries must be loaded first, with
+# the C++ library, whose exceptions they watch. Code that torch.compile makes is left out: it is built without them.
 sanitize: install
 	@SSD_FAST_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	compiler=$${CXX:-g++}
@@ -65,7 +67,9 @@ sanitize: install
 	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=print_stacktrace=1
 	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$preload"
 	$(BIN)/python -c 'import kernels; assert "SANITIZE" in kernels.cuda_build(), f"{kernels.__file__} is not sanitized"'
-	$(BIN)/pytest -n auto --capture=sys -p no:faulthandler tests/kernels/test_operators.py -k "not compiled_by_torch"
+	$(BIN)/pytest -n auto --capture=sys -p no:faulthandler --hypothesis-profile=few \
+	    tests/kernels/test_{encode_boxes,multibox_loss,decode_nms,operators}.py \
+	    -k "not (compiled_by_torch or schema or finite_differences or same_bits_whatever)"
 
 docs: $(VENV)/docs
 	@$(BIN)/python docs/generate.py --check
@@ -81,7 +85,6 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Needs an NVIDIA GPU: builds, checks and measures everything that needs one, and prints a table.
 gpu-check: install
 	@$(BIN)/python tools/gpu_check.py
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -34,7 +34,8 @@ from torchvision_training import (
 )
 
 from dali_pipelines.synthetic import SyntheticTrainLoader
-from ssd_fast.config import Config
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import load_sets, make_train_loader
 from ssd_fast.distributed.slurm import launched_by_slurm
 from ssd_fast.distributed.world import World
@@ -43,7 +44,6 @@ from ssd_fast.hardware import compute_dtype, device_name, input_threads, usable_
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
-from ssd_fast.recipe import load_config
 from ssd_fast.training.step import TrainStep
 
 MEASURES = {"input": "input alone", "step": "step alone", "both": "both together"}
@@ -182,8 +182,13 @@ def cpu_seconds() -> float:
 
 def anybody_runs() -> bool:
     """True if a thread of this process or its children, other than the calling one, runs or is ready to run."""
-    threads = (thread for pid in _pids() for thread in Path(f"/proc/{pid}/task").iterdir())
-    return any(_stat(thread / "stat")[0] == "R" for thread in threads if thread.name != str(threading.get_native_id()))
+    for pid in _pids():
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            if thread.name != str(threading.get_native_id()):
+                with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+                    if _stat(thread / "stat")[0] == "R":
+                        return True
+    return False
 
 
 def _pids() -> list[int | None]:

@@ -20,7 +20,8 @@ from torchvision.transforms import v2
 
 from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Augmentation, LabelledImages
 from kernels.boxes import cxcywh_to_ltrb
-from ssd_fast.config import OptimizerConfig
+from kernels.constants import CENTRE_VARIANCE, NEGATIVES_PER_POSITIVE, SIZE_VARIANCE
+from ssd_fast.config.sections import OptimizerConfig
 from ssd_fast.model.ssd import SSD
 
 PREFETCHED_PER_WORKER = 2  # batches; the DataLoader's default
@@ -114,8 +115,8 @@ class PeerTrainer:
 
     # torchvision's own loss, and the attributes of its detector that it reads.
     compute_loss = ssd.SSD.compute_loss
-    box_coder = detection.BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
-    neg_to_pos_ratio = 3.0
+    box_coder = detection.BoxCoder(weights=(1 / CENTRE_VARIANCE,) * 2 + (1 / SIZE_VARIANCE,) * 2)
+    neg_to_pos_ratio = float(NEGATIVES_PER_POSITIVE)
 
     def __init__(
         self, model: SSD, config: OptimizerConfig, anchors_cxcywh: Tensor, *, device: torch.device, dtype: torch.dtype

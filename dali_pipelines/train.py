@@ -12,10 +12,8 @@ from nvidia import dali
 from nvidia.dali import Pipeline, fn
 from torch import Tensor
 
-from dali_pipelines.augment import PIXEL_PARTS as PIXEL_PARTS
 from dali_pipelines.augment import Augmented, augmented
-from dali_pipelines.batch import Augmentation as Augmentation
-from dali_pipelines.batch import LabelledImages, TrainBatch
+from dali_pipelines.batch import Augmentation, LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes
 from dali_pipelines.coco_reader import Samples, annotation_file, read_samples
 from dali_pipelines.loader import make_pipeline, run, run_ragged

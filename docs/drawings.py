@@ -110,7 +110,7 @@ def draw_rooms() -> str:
         ((TORCH, "checkpoints", "files of weights"),),
         ((TORCH, "data", "COCO sets and loaders"),),
         ((TORCH, "model", "network, anchors, loss"), (HOROVOD, "distributed", "ranks: Horovod, Slurm")),
-        ((FILES, "config, files, progress, timing …", "leaves: single files that every room may import"),),
+        ((FILES, "config", "recipes and their sections"), (FILES, "files, progress, timing …", "leaves: single files")),
         ((DALI, "dali_pipelines", "images to batches"), (KERNELS, "kernels", "operators in C++ and CUDA")),
     )
     boxes, gap, height, width = [], 12, 50, 640

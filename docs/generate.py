@@ -37,7 +37,7 @@ MLPerf Training. Every section and every key may be left out.
   what was expected.
 - The folder of a run holds `config.toml`, the complete configuration that the run used.
 
-<!-- This page is written by docs/generate.py from ssd_fast/config.py. -->
+<!-- This page is written by docs/generate.py from ssd_fast/config/sections.py. -->
 """
 
 RECIPES = """\
@@ -73,7 +73,7 @@ def generate() -> dict[Path, str]:
 
 def configuration_page() -> str:
     """A table of keys for each section of a recipe."""
-    from ssd_fast.config import Config
+    from ssd_fast.config.sections import Config
 
     schema = Config.model_json_schema()
     page = [CONFIGURATION, RECIPES, _recipe_table()]
@@ -91,7 +91,7 @@ def configuration_page() -> str:
 
 def _recipe_table() -> str:
     """A row for each recipe in configs/, with what follows from its keys."""
-    from ssd_fast.recipe import load_config
+    from ssd_fast.config.recipe import load_config
 
     rows = []
     for file in sorted((REPOSITORY / "configs").glob("*.toml"), key=lambda file: _natural(file.stem)):
@@ -231,7 +231,7 @@ def _read_option(parameter: inspect.Parameter) -> _Option:
         default = f"`{parameter.default}`"
     meaning = _cell(info.help or "")
     if isinstance(kind, enum.EnumMeta):
-        meaning += " One of " + ", ".join(f"`{choice.value}`" for choice in kind) + "."
+        meaning += " One of " + ", ".join(f"`{choice.value}`" for choice in list[enum.Enum](kind)) + "."
     return _Option(usage, default, meaning)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from ssd_fast.config import Config
+    from ssd_fast.config.sections import Config
     from ssd_fast.evaluation.coco_eval import CocoScores
     from ssd_fast.evaluation.predict import ImageDetector
     from ssd_fast.training.run import Outcome
@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     overrides: "section.key=value" each, with the value in TOML's notation; a bare word is a string.
     Raises ValueError that lists every key that is unknown, has the wrong type or contradicts another.
     """
-    from ssd_fast import recipe
+    from ssd_fast.config import recipe
 
     return recipe.load_config(Path(path), overrides)
 
@@ -54,19 +54,10 @@ def load_detector(
     device: None for the GPU, or the CPU where there is none.
     Raises ValueError that names the file for one that is not a checkpoint or does not fit the configuration.
     """
-    import torch
+    from ssd_fast.evaluation.predict import load_image_detector
 
-    from ssd_fast.data.annotations import read_categories
-    from ssd_fast.distributed.world import World
-    from ssd_fast.evaluation import detector
-    from ssd_fast.evaluation.predict import ImageDetector
-
-    chosen = World().device() if device is None else torch.device(device)
-    categories = read_categories(Path(annotations)) if annotations else None
-    found, own_config = detector.load_detector(
-        Path(path), chosen, config=_config(config) if config else None, categories=categories
-    )
-    return ImageDetector(found, own_config, chosen)
+    given, names = _config(config) if config else None, Path(annotations) if annotations else None
+    return load_image_detector(Path(path), config=given, annotations=names, device=device)
 
 
 def train(recipe: str | Path | Config, data: str | Path, output: str | Path, *, resume: bool = False) -> Outcome:
@@ -79,12 +70,9 @@ def train(recipe: str | Path | Config, data: str | Path, output: str | Path, *, 
     Raises ValueError for a recipe, data or a checkpoint that cannot be used, FloatingPointError when the loss stays
     not finite, and OSError.
     """
-    from ssd_fast.distributed.world import connect
     from ssd_fast.training import run
 
-    config = _config(recipe)
-    with connect(config.distributed) as world:
-        return run.train(config, Path(data), Path(output), resume=resume, world=world)
+    return run.train(_config(recipe), Path(data), Path(output), resume=resume)
 
 
 def evaluate(

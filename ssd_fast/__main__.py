@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from ssd_fast import exit_status
+from ssd_fast.config.recipe import load_config
 from ssd_fast.loadgen.settings import Scenario
-from ssd_fast.recipe import load_config
 
-# Verbs import what they need when they run: help and a mistyped recipe do not wait for torch.
+# Verbs import their modules when they run, so that help and a mistyped recipe do not wait for torch.
 
 app = typer.Typer(
     help="SSD-ResNet34 object detection on COCO: train, evaluate, detect, benchmark.",
@@ -24,8 +24,10 @@ app = typer.Typer(
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe. Repeatable."),
 ]
+RecipeOption = Annotated[Path, typer.Option("--config", help="Recipe (TOML).", show_default=False)]
+DataOption = Annotated[Path, typer.Option("--data", help="Data folder in COCO's layout.", show_default=False)]
 OwnConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Recipe (TOML) in place of the checkpoint's own.", show_default=False)
 ]
@@ -40,26 +42,22 @@ AnnotationsOption = Annotated[
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="Recipe (TOML).", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Data folder in COCO's layout.", show_default=False)],
+    config: RecipeOption,
+    data: DataOption,
     output: Annotated[Path, typer.Option(help="Folder of the run.", show_default=False)],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Train a detector; checkpoints, records and images go to a folder."""
+    """Train a detector. Checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
     from ssd_fast.distributed import slurm
-    from ssd_fast.distributed import world as distributed
     from ssd_fast.training.run import train as train_run
 
-    with distributed.connect(recipe.distributed) as world:
-        outcome = train_run(recipe, data, output, resume=resume, world=world)
+    outcome = train_run(recipe, data, output, resume=resume)
     if outcome.stopped_by:
-        raise typer.Exit(0 if slurm.launched_by_slurm() else 128 + outcome.stopped_by)
-    if not world.is_main:
+        raise typer.Exit(0 if slurm.launched_by_slurm() else exit_status.SIGNALLED + outcome.stopped_by)
+    if not outcome.is_main:
         return
     target = recipe.evaluation.target_map
     reached = f" (target {target:g} {'reached' if outcome.reached_target else 'not reached'})" if target < 1 else ""
@@ -69,26 +67,19 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: CheckpointOption,
-    data: Annotated[Path, typer.Option(help="Data folder in COCO's layout.", show_default=False)],
+    data: DataOption,
     config: OwnConfigOption = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file for the detections, in COCO's result format.", show_default=False)
     ] = None,
-    per_class: Annotated[
-        bool, typer.Option("--per-class", help="Also print the average precision of each class.")
-    ] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the precision of each class.")] = False,
     only_annotated: Annotated[
         bool, typer.Option("--only-annotated", help="Skip images without annotations, like the MLPerf reference.")
     ] = False,
     with_timing: Annotated[bool, typer.Option("--timing", help="Also print where the time went.")] = False,
     target: Annotated[
         float | None,
-        typer.Option(
-            min=-1,
-            max=1,
-            help=f"COCO mAP to reach; a lower one gives exit status {exit_status.NOT_REACHED}.",
-            show_default=False,
-        ),
+        typer.Option(min=-1, max=1, help="COCO mAP to reach; a lower one gives exit status 3.", show_default=False),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -189,22 +180,13 @@ class Stage(enum.StrEnum):
 
 @app.command()
 def profile(
-    config: Annotated[
-        Path | None, typer.Option(help="Recipe (TOML); left out, two profiles are compared.", show_default=False)
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Data folder in COCO's layout; --stage step needs none.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe (TOML).", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Data folder in COCO's layout.", show_default=False)] = None,
     stage: Annotated[Stage, typer.Option(help="Stage to measure.")] = Stage.ALL,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for report.html, profile.json and traces.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for report and traces.", show_default=False)] = None,
     compare: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Earlier profile (its folder or profile.json) to compare with; may be given twice without --config.",
-            show_default=False,
-        ),
+        typer.Option(help="Earlier profile to compare with; without --config, two of them.", show_default=False),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Detector to use; left out, random weights.", show_default=False)
@@ -220,11 +202,10 @@ def profile(
         raise ValueError("--compare: expected one earlier profile with --config, or two without")
     if config is not None and data is None and stage is not Stage.STEP:
         raise ValueError(f"--stage {stage}: expected --data; --stage step needs none")
-    _check_folder(output)
+    _make_folder(output)
     recipe = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress
-    from ssd_fast.distributed import world as distributed
     from ssd_fast.profiling import report
     from ssd_fast.profiling.profile import STAGES_OF_OPTION, read_profile
 
@@ -237,32 +218,24 @@ def profile(
     from ssd_fast.profiling.profiler import profile_run, write_files
 
     before = earlier[0] if earlier else None
-    with distributed.connect(recipe.distributed) as world:
-        if output is not None and world.is_main:
-            output.mkdir(exist_ok=True)
-        measured = profile_run(
-            recipe,
-            data,
-            world,
-            recipe=config.name,
-            stages=STAGES_OF_OPTION[stage],
-            seconds=seconds,
-            checkpoint=checkpoint,
-        )
-    if world.is_main:
+    measured = profile_run(
+        recipe, data, recipe=config.name, stages=STAGES_OF_OPTION[stage], seconds=seconds, checkpoint=checkpoint
+    )
+    is_main = measured.rank == 0
+    if is_main:
         print(report.format_profile(measured.profile))
         if before:
             print("\n" + report.format_comparison(before, measured.profile))
     if output is not None:
-        write_files(output, measured, world.rank, before)
-        if world.is_main:
+        write_files(output, measured, before)
+        if is_main:
             print(f"\n{output}: report.html, profile.json, and traces for https://ui.perfetto.dev")
 
 
 @app.command()
 def operators(
     config: Annotated[
-        list[Path], typer.Option(help="Recipe (TOML) whose anchors are used; may be repeated.", show_default=False)
+        list[Path], typer.Option(help="Recipe (TOML) whose anchors are used. Repeatable.", show_default=False)
     ],
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at a time; left out, 8 on a CPU, 128 or 32 on a GPU.")
@@ -273,23 +246,23 @@ def operators(
 ) -> None:
     """Time the operators beside their plain versions and beside what one would use in their place."""
     recipes = [load_config(path, overrides or ()) for path in config]
-    _check_folder(output)
+    _make_folder(output)
 
-    from ssd_fast import files, progress
-    from ssd_fast.distributed import world as distributed
-    from ssd_fast.profiling.operators import format_operators, profile_operators
+    from ssd_fast import progress
+    from ssd_fast.profiling.operators import format_operators, profile_operators, write_operators
 
     progress.setup_logging(None)
-    measured = profile_operators(recipes, distributed.World().device(), batch_size=batch_size, repeats=repeats)
+    measured = profile_operators(recipes, batch_size=batch_size, repeats=repeats)
     print(format_operators(measured))
     if output is not None:
-        output.mkdir(exist_ok=True)
-        files.write_atomically(output / "operators.json", measured.to_json().encode())
+        write_operators(output, measured)
 
 
-def _check_folder(output: Path | None) -> None:
+def _make_folder(output: Path | None) -> None:
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output {output}: expected a folder, or a new one in a folder that exists")
+    if output is not None:
+        output.mkdir(exist_ok=True)
 
 
 @app.command()
@@ -305,7 +278,7 @@ def scaling(
         bool, typer.Option("--fp16-compression", help="Assume gradients of 2 bytes per element.")
     ] = False,
     assume: Annotated[
-        list[str] | None, typer.Option(metavar="FIGURE=VALUE", help="Replace an assumed figure; may be repeated.")
+        list[str] | None, typer.Option(metavar="FIGURE=VALUE", help="Replace an assumed figure. Repeatable.")
     ] = None,
 ) -> None:
     """Estimate the speed of many GPUs, and the term that limits it, from gradients measured in a small run."""
@@ -390,13 +363,12 @@ def synthesize(
 def options(
     show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
 ) -> None:
-    """What holds for all verbs."""
-    # read by main(), which catches the error after this has returned
+    """Options of all verbs; main() reads them from the command line."""
 
 
 def main() -> None:
-    """Runs the command line; an error that its user can mend is one line on stderr and exit status 1."""
-    # Before torch is imported. Waiting threads that spin take the cores from the input pipeline: with a busy loop on
+    """Run the command line. An error that the user can correct is one line on stderr and exit status 1."""
+    # Set before torch is imported. Waiting threads that spin take cores from the input pipeline: with a busy loop on
     # each of two cores, a step of the demo's model took 0.56 s (median of 7) without this, 0.35 s with it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

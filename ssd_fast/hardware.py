@@ -5,13 +5,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 _COPIED_BYTES = 2**28
 _REPEATS, _WARM_UP = 12, 2
+_LONG_S = 0.1
 
 
 def device_name(device: torch.device, cores: int) -> str:
@@ -57,18 +59,51 @@ def copy_rate(device: torch.device) -> float:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Peak arithmetic rate, FLOP per second (2 for a multiply-add): a large matrix product or convolution.
 
-    The faster of the two counts: on some CPUs the library of convolutions is better than that of matrices.
+    The faster of the two counts: on some CPUs the library of convolutions is better than that of matrices. Where a
+    small one already takes long, because the device emulates the type, no larger one is tried.
     """
-    size, batch = (2048, 8) if device.type == "cpu" else (8192, 256)
+    on_cpu = device.type == "cpu"
+    return max(
+        _rate(_product, (256, 512, 1024, 2048) if on_cpu else (8192,), device, dtype),
+        _rate(_convolution, (1, 8) if on_cpu else (256,), device, dtype),
+    )
+
+
+class _Work(NamedTuple):
+    """A computation and its number of operations."""
+
+    run: Callable[[], object]
+    flop: int
+
+
+def _product(size: int, device: torch.device, dtype: torch.dtype) -> _Work:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = 2 * size**3 / _median_seconds(lambda: torch.mm(left, right), device)
+    return _Work(lambda: torch.mm(left, right), 2 * size**3)
+
+
+def _convolution(batch_size: int, device: torch.device, dtype: torch.dtype) -> _Work:
     channels, side = 256, 38  # of the network's longest layers
     images, weights = (
         torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
-        for shape in ((batch, channels, side, side), (channels, channels, 3, 3))
+        for shape in ((batch_size, channels, side, side), (channels, channels, 3, 3))
     )
-    seconds = _median_seconds(lambda: torch.nn.functional.conv2d(images, weights, padding=1), device)
-    return max(product, 2 * batch * side**2 * channels**2 * 9 / seconds)
+    flop = 2 * batch_size * side**2 * channels**2 * 9
+    return _Work(lambda: torch.nn.functional.conv2d(images, weights, padding=1), flop)
+
+
+def _rate(
+    make: Callable[[int, torch.device, torch.dtype], _Work],
+    sizes: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """FLOP per second at the largest size, or at the first that takes long."""
+    for size in sizes:
+        work = make(size, device, dtype)
+        seconds = _median_seconds(work.run, device)
+        if seconds > _LONG_S:
+            break
+    return work.flop / seconds
 
 
 def reset_peak_memory(device: torch.device) -> bool:
@@ -93,8 +128,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
-    seconds = []
-    for _ in range(_REPEATS):
+    seconds: list[float] = []
+    while len(seconds) < _REPEATS and (len(seconds) < 3 or sum(seconds) < _REPEATS * _LONG_S):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_pil_images_are_turned_upright(detector: ImageDetector, photo: Path, tmp
 
 def test_a_list_gives_a_result_for_each_in_its_order(detector: ImageDetector, photo: Path, png: Path) -> None:
     pixels = pixels_of(photo)
-    given = [pixels[:90], photo, pixels[:, :100], png, Image.fromarray(pixels[50:])]
+    given: list[Any] = [pixels[:90], photo, pixels[:, :100], png, Image.fromarray(pixels[50:])]
     found = detector(given)
     assert [result.draw().size for result in found] == [
         Image.fromarray(pixels_of(item) if isinstance(item, Path) else np.asarray(item)).size for item in given
@@ -158,7 +159,7 @@ def test_draw_shows_what_reaches_the_score(detector: ImageDetector, photo: Path)
         (np.zeros((0, 5, 3), np.uint8), r"an array of uint8 \[0, 5, 3\]: expected"),
         (Image.new("F", (5, 5)), "a PIL image of mode F: expected one of 8 bits"),
         ("nowhere.jpg", "nowhere.jpg: no such file"),
-        (REPOSITORY, "no such file: expected an image file"),
+        (REPOSITORY, "a folder: expected an image file"),
         (REPOSITORY / "pyproject.toml", "pyproject.toml: not an image"),
         (7, "image 2 of 2: int: expected a path, a PIL image, or a uint8 array"),
     ],

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY
 
-from ssd_fast.config import Config
-from ssd_fast.recipe import ConfigError, dump_toml, load_config, override_config
+from ssd_fast.config.recipe import ConfigError, dump_toml, load_config, override_config
+from ssd_fast.config.sections import Config
 
 SSD300 = REPOSITORY / "configs" / "ssd300.toml"
 

@@ -18,7 +18,6 @@ ROOMS = (
     "ssd_fast.tables",
     "ssd_fast.parts",
     "ssd_fast.config",
-    "ssd_fast.recipe",
     "ssd_fast.progress",
     "ssd_fast.timing",
     "ssd_fast.hardware",
@@ -54,8 +53,8 @@ OWNERS = {
     "rich": {"ssd_fast/progress.py", "ssd_fast/tables.py"},
     "pydantic": {
         "dali_pipelines/batch.py",
-        "ssd_fast/config.py",
-        "ssd_fast/recipe.py",
+        "ssd_fast/config/sections.py",
+        "ssd_fast/config/recipe.py",
         "ssd_fast/profiling/profile.py",
     },
     "typer": {"ssd_fast/__main__.py"},
@@ -128,7 +127,7 @@ def test_every_room_says_what_comes_in_what_leaves_and_who_may_import_it() -> No
         ("ssd_fast/model/ssd.py", "from ssd_fast.data import coco"),
         ("ssd_fast/data/coco.py", "from ssd_fast.evaluation.coco_eval import score"),
         ("ssd_fast/evaluation/detector.py", "import ssd_fast.training.run"),
-        ("ssd_fast/config.py", "from ssd_fast.distributed.world import World"),
+        ("ssd_fast/config/sections.py", "from ssd_fast.distributed.world import World"),
         ("ssd_fast/training/run.py", "from torch.utils import tensorboard"),
         ("ssd_fast/training/run.py", "from nvidia.dali import fn"),
     ],
@@ -145,8 +144,8 @@ def test_the_rule_notices_a_break(path: str, source: str) -> None:
         "ssd_fast.profiling.report",
         "ssd_fast.profiling.bottleneck",
         "ssd_fast.data.coco",
-        "ssd_fast.config",
-        "ssd_fast.recipe",
+        "ssd_fast.config.sections",
+        "ssd_fast.config.recipe",
     ],
 )
 def test_what_draws_and_what_reads_files_loads_nothing_heavy(module: str) -> None:

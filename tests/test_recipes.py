@@ -5,8 +5,8 @@ import math
 import pytest
 from repository import REPOSITORY
 
-from ssd_fast.config import Config
-from ssd_fast.recipe import load_config
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import Config
 
 NUM_IMAGES = 117_266  # of COCO's train2017 with at least one box
 EVALUATION_EPOCHS = (33, 44, 50, 55, 61, 66, 71, 77)

@@ -1,11 +1,12 @@
-"""A call of every operator on a GPU, in small and ragged sizes: what gpu_check.py has compute-sanitizer watch."""
+"""Call every operator on a GPU in small, ragged sizes. gpu_check.py runs this under compute-sanitizer."""
 
 import torch
 
 import kernels
 from kernels.boxes import ltrb_to_cxcywh
 
-# images, anchors, classes, type: several tiles, a single anchor, rows that no vector divides, a row too long for a tile
+# images, anchors, classes, type: several tiles, a single anchor, rows that are no multiple of a vector, a row too long
+# for a tile
 SIZES = (
     (3, 1_301, 81, torch.float16),
     (2, 1, 2, torch.bfloat16),
@@ -16,7 +17,7 @@ SIZES = (
 
 
 def exercise(num_images: int, num_anchors: int, num_classes: int, dtype: torch.dtype) -> None:
-    """Encodes boxes, computes the loss and its gradients, and decodes; inputs are made on the host."""
+    """Encode boxes, compute the loss and its gradients, and decode, with inputs made on the host."""
     generator = torch.Generator().manual_seed(num_anchors)
     counts = torch.randint(0, 40, (num_images,), generator=generator)
     counts[0] = 300  # more ground truths than fit a tile

@@ -1,4 +1,4 @@
-"""What needs DALI on a GPU: batches equal to the CPU's, and learning."""
+"""Checks that need DALI on a GPU: its batches equal the CPU's, and training learns."""
 
 import argparse
 import os
@@ -14,14 +14,14 @@ from gpu_support import CPU, GPU, RECIPE, Row, bounded_row, find_data
 if TYPE_CHECKING:  # each check imports what it needs when it runs
     from dali_pipelines.evaluate import EvalLoader
     from dali_pipelines.train import TrainLoader
-    from ssd_fast.config import Config
+    from ssd_fast.config.sections import Config
     from ssd_fast.data.coco import CocoSet
 
 
 def check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     """Check the input pipelines on the GPU, and that training learns."""
+    from ssd_fast.config.recipe import load_config
     from ssd_fast.data.coco import load_coco
-    from ssd_fast.recipe import load_config
 
     data, overrides = find_data(arguments.data, scratch)
     config = load_config(RECIPE, overrides)
@@ -58,7 +58,7 @@ def _check_pipelines(config: "Config", images: "CocoSet") -> Iterator[Row]:
 
 def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]:
     """Check that SSD300 learns 64 images by heart under mixed precision."""
-    from ssd_fast.recipe import override_config
+    from ssd_fast.config.recipe import override_config
     from ssd_fast.training.run import train
 
     recipe = override_config(

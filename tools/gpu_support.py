@@ -1,4 +1,4 @@
-"""What the parts of the GPU check share: rows of the table, commands of this checkout, and data to run on."""
+"""Shared parts of the GPU check: rows of the table, commands of this checkout, and data to run on."""
 
 import json
 import os

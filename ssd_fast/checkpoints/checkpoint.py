@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ssd_fast.checkpoints.weights import read_torch_file
-from ssd_fast.config import Config
+from ssd_fast.config.recipe import ConfigError, validate_config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import Category
 from ssd_fast.files import write_atomically
-from ssd_fast.recipe import ConfigError, validate_config
 
 logger = logging.getLogger(__name__)
 

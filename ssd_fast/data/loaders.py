@@ -13,7 +13,7 @@ from dali_pipelines.evaluate import EvalLoader
 from dali_pipelines.train import Encode, TrainLoader
 from kernels.boxes import cxcywh_to_ltrb
 from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.coco import CocoSet, load_coco
 from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssd_fast.config import DistributedConfig
+from ssd_fast.config.sections import DistributedConfig
 from ssd_fast.distributed.slurm import Launch
 from ssd_fast.distributed.watch import Watch
 from ssd_fast.distributed.world import Optimizer, T, World

@@ -13,8 +13,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from ssd_fast.config import DistributedConfig
-from ssd_fast.distributed.slurm import read_launch
+from ssd_fast.config.sections import DistributedConfig
 from ssd_fast.hardware import usable_cores
 
 T = TypeVar("T")
@@ -106,18 +105,3 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         pass
-
-
-def connect(config: DistributedConfig) -> World:
-    """Return the world that a launcher has made this process part of, or a world of one; use it as a context.
-
-    Within it, a lost or hanging rank ends this process after at most config.timeout_s, with exit status 1 and a line
-    on stderr that names that rank.
-    Raises ValueError when the launcher's variables, the GPUs and Horovod's build do not go together.
-    """
-    launch = read_launch()
-    if launch is None:
-        return World()
-    from ssd_fast.distributed.horovod import HorovodWorld
-
-    return HorovodWorld(launch, config.timeout_s)

@@ -12,7 +12,8 @@ import kernels
 from dali_pipelines.batch import EvalBatch
 from ssd_fast.checkpoints.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
 from ssd_fast.checkpoints.weights import load_weights, read_torch_file
-from ssd_fast.config import Config, DetectionConfig
+from ssd_fast.config.recipe import override_config
+from ssd_fast.config.sections import Config, DetectionConfig
 from ssd_fast.data.annotations import Category
 from ssd_fast.data.boxes import ltrb_to_xywh
 from ssd_fast.data.coco import CocoSet
@@ -23,7 +24,6 @@ from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD, on_device
 from ssd_fast.parts import DECODING, MODEL, PREPROCESSING
-from ssd_fast.recipe import override_config
 from ssd_fast.timing import NULL_TIMELINE, NullTimeline
 
 

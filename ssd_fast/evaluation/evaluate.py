@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from ssd_fast import timing
-from ssd_fast.config import Config, DistributedConfig
+from ssd_fast.config.sections import Config, DistributedConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.coco import load_coco
 from ssd_fast.data.loaders import make_eval_loader
-from ssd_fast.distributed.world import connect
+from ssd_fast.distributed.launch import connect
 from ssd_fast.evaluation import coco_eval
 from ssd_fast.evaluation.detector import load_detector
 from ssd_fast.hardware import device_name

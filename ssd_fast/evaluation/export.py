@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.boxes import CENTRE_VARIANCE, SIZE_VARIANCE
-from ssd_fast.config import Config, DetectionConfig
+from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
+from ssd_fast.config.sections import Config, DetectionConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.evaluation.detector import Detector, load_detector
 from ssd_fast.files import write_atomically

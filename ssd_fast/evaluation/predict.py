@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from dali_pipelines.arrays import ArrayLoader
 from dali_pipelines.batch import EvalBatch, LabelledImages
 from dali_pipelines.evaluate import EvalLoader
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.boxes import xywh_to_ltrb
 from ssd_fast.data.images import find_images
@@ -124,6 +124,16 @@ class ImageDetector:
         return self._array_loader.batches([np.asarray(image) for image in images])
 
 
+def load_image_detector(
+    path: Path, *, config: Config | None, annotations: Path | None, device: str | torch.device | None
+) -> ImageDetector:
+    """Return the detector of a checkpoint. Arguments: those of `ssd_fast.load_detector`."""
+    chosen = World().device() if device is None else torch.device(device)
+    categories = read_categories(annotations) if annotations else None
+    detector, config = load_detector(path, chosen, config=config, categories=categories)
+    return ImageDetector(detector, config, chosen)
+
+
 class FilesDetected(NamedTuple):
     """num_images: number of images. parts: seconds of each part of the work, as in `timing.Timeline.parts`."""
 
@@ -189,7 +199,8 @@ def _check_input(image: object, name: str) -> Path | Image.Image:
     """Return the path of a file, or an upright RGB image. name: of the image in an error."""
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise ValueError(f"{image}: no such file: expected an image file")
+            found = "a folder" if Path(image).is_dir() else "no such file"
+            raise ValueError(f"{image}: {found}: expected an image file")
         return Path(image)
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssd_fast.config import BenchmarkConfig
+from ssd_fast.config.sections import BenchmarkConfig
 from ssd_fast.data.annotations import read_instances
 from ssd_fast.data.boxes import ltrb_to_xywh
 from ssd_fast.data.coco import CocoSet

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from ssd_fast import exit_status
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES, read_categories
 from ssd_fast.data.coco import CocoSet, load_coco
 from ssd_fast.data.policy import DataError

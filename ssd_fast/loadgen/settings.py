@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
 
-from ssd_fast.config import BenchmarkConfig
+from ssd_fast.config.sections import BenchmarkConfig
 
 Mode = Literal["performance", "accuracy", "find-load"]
 

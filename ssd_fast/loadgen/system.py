@@ -19,7 +19,7 @@ from torch import Tensor
 from dali_pipelines.batch import LabelledImages
 from dali_pipelines.evaluate import EvalLoader
 from dali_pipelines.synthetic import SyntheticEvalLoader
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.evaluation.detector import Detector
 

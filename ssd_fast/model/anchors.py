@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssd_fast.config import ModelConfig
+from ssd_fast.config.sections import ModelConfig
 
 
 def make_anchors(

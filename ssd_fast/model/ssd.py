@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from ssd_fast.config import ModelConfig
+from ssd_fast.config.sections import ModelConfig
 
 
 class Predictions(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a piece of code asks of PyTorch, counted where it passes the dispatcher."""
+"""A counter of the calls that pass PyTorch's dispatcher: their memory traffic, and the values that the host reads."""
 
 import sys
 from collections import Counter
@@ -11,19 +11,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_PACKAGES = Path(torch.__file__).parent.parent  # where installed code lies, torch's and others'
+_PACKAGES = Path(torch.__file__).parent.parent  # installed code, torch's and others'
 _HOME = Path(__file__).parents[2]
-# they wait for the device whatever the arguments are
-_WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+_WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}  # with any arguments
 _UNWRITTEN = ("aten::empty", "aten::new_empty")
 
 
 class CallCounter(TorchDispatchMode):
-    """Counts, while it is entered, the traffic of operators and what makes the host wait for the device.
+    """Counts calls while it is entered.
 
-    num_bytes: of the operators' tensors, arguments and results, each once per call; views are free.
-    host_reads: calls that read a value of a tensor (item, bool, nonzero, a blocking copy to the host), by the place in
-    the code, "file:line". On a CPU such a read costs nothing; it is counted all the same, since it would on a GPU.
+    num_bytes: arguments and results of the operators, each tensor once per call; views are free.
+    host_reads: calls that read a value of a tensor (item, bool, nonzero, a blocking copy to the host), by their line in
+    the code, "file:line". On a CPU such a read costs nothing; on a GPU the host would wait for it.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class CallCounter(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if func in _WAITING or _leaves_device(given, made, kwargs or {}):
-            self.host_reads[_place()] += 1
+            self.host_reads[_calling_line()] += 1
         elif not func.is_view:
             self.num_bytes += sum(tensor.nbytes for tensor in given)
             if not func.name().startswith(_UNWRITTEN):
@@ -52,8 +51,8 @@ def _leaves_device(given: list[Tensor], made: list[Tensor], kwargs: dict[str, An
     return any(tensor.is_cuda for tensor in given) and any(not tensor.is_cuda for tensor in made)
 
 
-def _place() -> str:
-    """The innermost line of code that is neither installed nor this file's."""
+def _calling_line() -> str:
+    """The innermost line that is neither in installed code nor in this file."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -61,4 +60,4 @@ def _place() -> str:
             name = path.relative_to(_HOME) if _HOME in path.parents else path
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
-    return "code that is not Python's"
+    return "code outside Python"

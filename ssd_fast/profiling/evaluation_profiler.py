@@ -9,7 +9,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.distributed.world import World

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 
+from dali_pipelines.augment import PIXEL_PARTS
 from dali_pipelines.batch import TrainBatch
-from dali_pipelines.train import PIXEL_PARTS, CutInput
-from ssd_fast.config import Config
+from dali_pipelines.train import CutInput
+from ssd_fast.config.sections import Config
 from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import loader_arguments
 from ssd_fast.distributed.world import World

@@ -1,4 +1,4 @@
-"""The operators with their inputs, and what one would use in their place: what `ssd-fast profile` measures.
+"""Inputs and implementations of the operators: ours, plain torch, and what one would use in their place.
 
 Boxes, targets and anchors are float32; deltas and logits are float32 on the CPU and float16 on a GPU.
 """
@@ -23,17 +23,17 @@ NUM_CLASSES = 81
 BOXES_PER_IMAGE = (8, 60)  # COCO's mean is 7; one image in a hundred has more than 30
 OURS, ORACLE = "kernels", "plain torch"
 
-_SCORE_THRESHOLD, _IOU_THRESHOLD, _MAX_PER_CLASS, _MAX_DETECTIONS = 0.05, 0.5, 200, 200  # of MLPerf, and our defaults
+_SCORE_THRESHOLD, _IOU_THRESHOLD, _MAX_PER_CLASS, _MAX_DETECTIONS = 0.05, 0.5, 200, 200  # MLPerf's, and our defaults
 _NUM_OBJECTS, _ANCHORS_PER_OBJECT, _NUM_STRAY = 12, 25, 50  # 350 candidates in all
 
 
 class Implementation(NamedTuple):
-    """An operator's implementation with its arguments.
+    """One implementation of an operator, with its arguments.
 
-    difference: of its result from the oracle's, in the operator's own unit, see `DIFFERENCE_UNITS`; at most tolerance.
-    overhead: a call that costs what a call of `run` costs besides the operator.
-    on_host: whether a call returns when its work is done, on a GPU too.
-    failure: why it cannot be run here.
+    difference: distance of its result from the oracle's, in the unit of DIFFERENCE_UNITS; at most tolerance.
+    overhead: a call that costs as much as the part of `run` around the operator.
+    on_host: a call returns when its work is done, on a GPU too.
+    failure: reason why it cannot run here.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Implementation(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An operator and its input, with its implementations, OURS and ORACLE (`kernels.reference`) among them.
+    """An operator on one input, with its implementations; OURS and ORACLE (`kernels.reference`) are among them.
 
-    num_bytes: of arguments and results, each counted once.
-    measure_memory: whether the peak of memory is of interest, too.
+    num_bytes: size of arguments and results, each counted once.
+    measure_memory: measure the peak of memory too.
     """
 
     operator: str
@@ -62,14 +62,14 @@ class Case(NamedTuple):
 
 
 DIFFERENCE_UNITS = {
-    "encode_boxes": "largest of a delta, labels being equal (DALI: but where rounding decides between equals)",
-    "multibox_loss": "largest of a loss or gradient, as a fraction of the largest",
-    "decode_nms": "fraction of the detections without a counterpart within 1e-4",
+    "encode_boxes": "largest difference of a delta, with equal labels (DALI: except where rounding decides)",
+    "multibox_loss": "largest difference of a loss or gradient, as a fraction of the largest value",
+    "decode_nms": "fraction of the detections that have no counterpart within 1e-4",
 }
 
 
 def make_cases(anchors_cxcywh: Tensor, *, batch_size: int, seed: int = 0) -> Iterator[Case]:
-    """Every operator with each of its inputs, on the device of the anchors [A, 4]; made one at a time."""
+    """Yield every operator with each of its inputs, on the device of the anchors [A, 4]."""
     generator = torch.Generator(anchors_cxcywh.device).manual_seed(seed)
     for boxes_per_image in BOXES_PER_IMAGE:
         yield encode_case(anchors_cxcywh, batch_size, boxes_per_image, generator)
@@ -83,7 +83,7 @@ def make_cases(anchors_cxcywh: Tensor, *, batch_size: int, seed: int = 0) -> Ite
 
 
 def encode_case(anchors_cxcywh: Tensor, batch_size: int, boxes_per_image: int, generator: torch.Generator) -> Case:
-    """Encoding of as many random boxes in every image."""
+    """Encoding of boxes_per_image random boxes in every image."""
     device = anchors_cxcywh.device
     boxes_ltrb = random_boxes((batch_size, boxes_per_image), generator)
     shape = (batch_size, boxes_per_image)
@@ -119,14 +119,14 @@ def encode_case(anchors_cxcywh: Tensor, batch_size: int, boxes_per_image: int, g
 
 
 def random_boxes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Boxes [*shape, 4] ltrb inside the image, with sides from 0.03 to 0.7 of it, small ones the more frequent."""
+    """Boxes [*shape, 4] ltrb inside the image, with sides from 0.03 to 0.7 of it; small ones are more frequent."""
     sides = 0.03 * (0.7 / 0.03) ** torch.rand((*shape, 2), device=generator.device, generator=generator)
     corners = (1 - sides) * torch.rand((*shape, 2), device=generator.device, generator=generator)
     return torch.cat((corners, corners + sides), dim=-1)
 
 
 def decided_by_rounding(ious: Tensor, iou_threshold: float = 0.5) -> Tensor:
-    """[A] bool, the anchors whose target depends on the last bits of IoUs [G, A] or on the rule for equal ones."""
+    """[A] bool: anchors whose target depends on the last bits of IoUs [G, A] or on the rule for equal IoUs."""
     closeness = 1e-6
     best_of_box, best_of_anchor = ious.amax(dim=1, keepdim=True), ious.amax(dim=0)
     nearly_best = ious > best_of_box - closeness
@@ -182,13 +182,13 @@ def loss_case(anchors_cxcywh: Tensor, batch_size: int, generator: torch.Generato
 
 
 def _with_gradients(loss: Callable[..., kernels.LossParts], *arguments: Tensor) -> tuple[Tensor, ...]:
-    """Losses of the images, and the gradients of their sum in deltas and logits."""
+    """Losses of the images, and gradients of their sum with respect to deltas and logits."""
     box, class_ = loss(*arguments)
     return box.detach(), class_.detach(), *torch.autograd.grad(box.sum() + class_.sum(), arguments[:2])
 
 
 def _failure(compiled: Callable[[], Any]) -> str:
-    """Why a function cannot be compiled here (no C++ compiler, a GPU too old for Triton), or nothing."""
+    """Reason why a function cannot be compiled here (no C++ compiler, a GPU too old for Triton); empty if it can."""
     try:
         compiled()
     except RuntimeError as error:  # the common base of the compiler's many exceptions
@@ -197,19 +197,20 @@ def _failure(compiled: Callable[[], Any]) -> str:
 
 
 def loss_difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Largest difference as a fraction of the largest expected value; NaN if there is one."""
     pairs = zip(result, expected, strict=True)
     ratios = [_largest(one.float() - other.float()) / max(_largest(other), 1e-30) for one, other in pairs]
-    return float(torch.tensor(ratios).max())  # unlike Python's, its maximum passes NaN on
+    return float(torch.tensor(ratios).max())  # unlike Python's, this maximum keeps NaN
 
 
 # ---- decode_nms ----
 
 
 def network_like(anchors_cxcywh: Tensor, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Deltas and logits as a trained network gives them: background, but for 350 candidates an image.
+    """Deltas and logits like those of a trained network: background, and 350 candidates an image.
 
-    Of these, 300 are the 25 anchors nearest to each of 12 objects, with boxes close to the object's, most of them in
-    its class; 50 are alone, anywhere. Their probabilities are between 0.06 and 0.95.
+    300 candidates are the 25 anchors nearest to each of 12 objects: their boxes are close to the object's, and most
+    have its class. 50 are alone, anywhere. Probabilities of candidates are between 0.06 and 0.95.
     """
     device, num_anchors = anchors_cxcywh.device, len(anchors_cxcywh)
     deltas, logits = _background(anchors_cxcywh, batch_size, generator)
@@ -241,25 +242,25 @@ def network_like(anchors_cxcywh: Tensor, batch_size: int, generator: torch.Gener
 
 
 def every_anchor(anchors_cxcywh: Tensor, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Every anchor above the threshold in 19 classes, which is as many as can be, with boxes of all sorts."""
+    """Random boxes; every anchor is above the threshold in 19 classes, the largest possible number."""
     num_classes = round(1 / _SCORE_THRESHOLD) - 1
     shape = (batch_size, len(anchors_cxcywh), NUM_CLASSES - 1)
     chosen = 1 + torch.rand(shape, device=anchors_cxcywh.device, generator=generator).topk(num_classes).indices
-    # Nearly equal, so that none falls under the threshold; around 0, where float16 tells them apart.
+    # Nearly equal, so that none falls below the threshold; around 0, where float16 tells them apart.
     nearly_equal = 0.02 * (2 * torch.rand(chosen.shape, device=anchors_cxcywh.device, generator=generator) - 1)
     logits = torch.full((*shape[:2], NUM_CLASSES), -12.0, device=anchors_cxcywh.device).scatter(2, chosen, nearly_equal)
     return _as_predictions(_normal((*shape[:2], 4), generator), logits)
 
 
 def identical_boxes(anchors_cxcywh: Tensor, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """As `every_anchor`, but all anchors give the same box."""
+    """Logits of `every_anchor`; all anchors give the same box."""
     deltas, logits = every_anchor(anchors_cxcywh, batch_size, generator)
     box_ltrb = anchors_cxcywh.new_tensor((0.3, 0.2, 0.7, 0.8)).expand_as(anchors_cxcywh)
     return reference.encode_deltas(box_ltrb, anchors_cxcywh).to(deltas.dtype).expand_as(deltas).contiguous(), logits
 
 
 def no_candidates(anchors_cxcywh: Tensor, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Background everywhere."""
+    """Random boxes; every anchor is background."""
     return _as_predictions(*_background(anchors_cxcywh, batch_size, generator))
 
 
@@ -271,11 +272,11 @@ def _background(anchors_cxcywh: Tensor, batch_size: int, generator: torch.Genera
 
 
 def decode_case(input_: str, deltas: Tensor, logits: Tensor, anchors_cxcywh: Tensor) -> Case:
-    """Detections from given predictions."""
+    """Decoding of given predictions."""
     batch_size, num_anchors, _ = deltas.shape
     arguments = (deltas, logits, anchors_cxcywh)
     results = kernels.decode_nms(*arguments)
-    tolerance = 0.02  # in `every_anchor`, the last bit of a probability decides which are the best 200
+    tolerance = 0.02  # in `every_anchor` the last bit of a probability decides which 200 are the best
     return Case(
         operator="decode_nms",
         input=input_,
@@ -336,7 +337,7 @@ def _decoded(deltas: Tensor, logits: Tensor, anchors_cxcywh: Tensor) -> tuple[Te
 
 
 def _best(found: Sequence[tuple[Tensor, ...] | None], boxes: Tensor) -> Detections:
-    """The best detections of every image, from their boxes, scores and labels (None: without any)."""
+    """The best detections of every image. found: boxes, scores and labels of each image; None if it has none."""
     batch_size = len(found)
     detections = Detections(
         boxes_ltrb=boxes.new_zeros(batch_size, _MAX_DETECTIONS, 4),
@@ -357,7 +358,7 @@ def _best(found: Sequence[tuple[Tensor, ...] | None], boxes: Tensor) -> Detectio
 
 
 def unmatched(result: Detections, expected: Detections) -> float:
-    """Fraction of the detections of either that the other has not, box, score and label."""
+    """Fraction of the detections of both that have no counterpart (box, score and label) in the other."""
     missing = 0
     for image in range(len(expected.counts)):
         one, other = (_table(detections, image) for detections in (result, expected))
@@ -367,13 +368,13 @@ def unmatched(result: Detections, expected: Detections) -> float:
 
 
 def _table(detections: Detections, image: int) -> Tensor:
-    """[N, 6]: box, score, label of an image's detections."""
+    """Detections of an image, [N, 6]: box, score, label."""
     count = int(detections.counts[image])
     columns = (detections.boxes_ltrb[image], detections.scores[image, :, None], detections.labels[image, :, None])
     return torch.cat(columns, dim=1)[:count]
 
 
-# ----
+# ---- tensors ----
 
 
 def _dtype(device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ import torch
 
 import kernels
 from ssd_fast import hardware
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
+from ssd_fast.distributed.world import World
+from ssd_fast.files import write_atomically
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.profiling.operator_cases import DIFFERENCE_UNITS, ORACLE, OURS, Case, Implementation, make_cases
 from ssd_fast.tables import Row, Table, format_pairs, format_table
@@ -86,21 +89,22 @@ class OperatorProfile(NamedTuple):
     environment: Environment
     rows: list[Measurement]
 
-    def to_json(self) -> str:
-        """Everything that was measured, all samples included."""
-        rows = [row._asdict() | {"times": row.times and row.times._asdict()} for row in self.rows]
-        return json.dumps({"environment": self.environment._asdict(), "rows": rows}, indent=1)
+
+def write_operators(folder: Path, measured: OperatorProfile) -> None:
+    """Write everything that was measured, all samples included, to operators.json in a folder."""
+    rows = [row._asdict() | {"times": row.times and row.times._asdict()} for row in measured.rows]
+    content = json.dumps({"environment": measured.environment._asdict(), "rows": rows}, indent=1)
+    write_atomically(folder / "operators.json", content.encode())
 
 
-def profile_operators(
-    configs: Sequence[Config], device: torch.device, *, batch_size: int | None, repeats: int
-) -> OperatorProfile:
-    """Measure all operators with the anchors of each configuration.
+def profile_operators(configs: Sequence[Config], *, batch_size: int | None, repeats: int) -> OperatorProfile:
+    """Measure all operators with the anchors of each configuration, on the GPU or on the CPU where there is none.
 
     batch_size: None for 8 on the CPU; on a GPU 128, and 32 for more than 10,000 anchors.
     repeats: calls of every implementation; fewer, but at least three, where they would take longer than a second.
     Raises ResultError when a result differs from the oracle's.
     """
+    device = World().device()
     environment = Environment(
         device=hardware.device_name(device, hardware.usable_cores()),
         threads=torch.get_num_threads(),

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 
 from ssd_fast import hardware
-from ssd_fast.config import Config
-from ssd_fast.data.annotations import NUMBERED_CATEGORIES
+from ssd_fast.config.sections import Config
+from ssd_fast.data.annotations import NUMBERED_CATEGORIES, Category
 from ssd_fast.data.loaders import load_sets, make_train_loader
+from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
-from ssd_fast.evaluation.detector import load_detector, make_random_detector
+from ssd_fast.evaluation.detector import Detector, load_detector, make_random_detector
 from ssd_fast.files import write_atomically
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.parts import ALLREDUCE, BACKWARD, FORWARD, INPUT
@@ -38,7 +39,7 @@ from ssd_fast.profiling.profile import (
     Stage,
 )
 from ssd_fast.profiling.report import to_html
-from ssd_fast.profiling.step_profiler import StepFindings, StepProfiler
+from ssd_fast.profiling.step_profiler import StepDetails, StepProfiler
 from ssd_fast.profiling.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -47,23 +48,27 @@ _ROUNDS = 3
 
 
 class Measured(NamedTuple):
-    """trace: a few steps of this rank for Perfetto (gzip); empty where no step was measured."""
+    """The measurements of a rank.
+
+    profile: complete on rank 0; on other ranks it has no findings.
+    trace: a few steps of this rank for Perfetto (gzip); empty where no step was measured.
+    """
 
     profile: Profile
     trace: bytes
+    rank: int
 
 
 def profile_run(
     config: Config,
     data: Path | None,
-    world: World,
     *,
     recipe: str,
     stages: Collection[str],
     seconds: float,
     checkpoint: Path | None = None,
 ) -> Measured:
-    """Measure the stages of a recipe. The profile is complete on rank 0; on other ranks it has no findings.
+    """Measure the stages of a recipe, on every rank of a parallel launch that calls this.
 
     data: folder in COCO's layout. Without it only STEP_ALONE can be measured, for 80 classes.
     recipe: name of the recipe. stages: some of `profile.STAGES`.
@@ -71,13 +76,22 @@ def profile_run(
     checkpoint: detector whose weights are used. Without it they are random and detect next to nothing.
     Raises ValueError and OSError as training does.
     """
+    with connect(config.distributed) as world:
+        return _profile(config, data, world, recipe, stages, seconds, checkpoint)
+
+
+def _profile(
+    config: Config,
+    data: Path | None,
+    world: World,
+    recipe: str,
+    stages: Collection[str],
+    seconds: float,
+    checkpoint: Path | None,
+) -> Measured:
     device, clock = world.device(), Stopwatch(world)
     sets = load_sets(config, data) if data else None
-    categories = sets.train.categories if sets else NUMBERED_CATEGORIES
-    if checkpoint:
-        detector, _ = load_detector(checkpoint, device, config=config, categories=categories)
-    else:
-        detector = make_random_detector(config, categories, device)
+    detector = _make_detector(config, checkpoint, sets.train.categories if sets else NUMBERED_CATEGORIES, device)
     batches = None
     if sets and {INPUT_ALONE, BOTH} & set(stages):
         loader = make_train_loader(config, sets.train, model_anchors(config.model), device, world)
@@ -93,7 +107,7 @@ def profile_run(
         profilers = [InputProfiler(config, sets.train, batches, world, clock)]
     profilers += [step] if step else []
     measured = _take_turns(profilers, seconds / _ROUNDS)
-    found = step.findings() if step else StepFindings()
+    details = step.details() if step else StepDetails()
     if EVALUATION in stages:
         assert sets is not None
         evaluated = profile_evaluation(config, detector, sets.val, world, clock, seconds=seconds)
@@ -101,32 +115,41 @@ def profile_run(
     logger.info("measuring the rates of this machine")
     clock.settle()
     profile = Profile(
-        machine=_measure_machine(world, detector.dtype, found.peak_bytes),
+        machine=_measure_machine(world, detector.dtype, details.peak_bytes),
         config=config.model_dump(mode="json", exclude_none=True),
         recipe=recipe,
         batch_size=config.training.batch_size,
         stages=tuple(measured),
-        spans=found.spans,
-        work=found.work,
-        doubled=dict(found.doubled),
+        spans=details.spans,
+        work=details.work,
+        doubled=dict(details.doubled),
         ranks=tuple(world.gather(_summarise_rank(measured))),
         findings=(),
     )
     if world.is_main:
         profile = profile.model_copy(update={"findings": tuple(find_bottlenecks(profile))})
-    return Measured(profile, found.trace)
+    return Measured(profile, details.trace, world.rank)
 
 
-def write_files(folder: Path, measured: Measured, rank: int, before: Profile | None = None) -> None:
+def write_files(folder: Path, measured: Measured, before: Profile | None = None) -> None:
     """Write the trace of a rank to a folder; for rank 0 also profile.json and report.html.
 
     before: an earlier profile, for report.html to compare with.
     """
     if measured.trace:
-        write_atomically(folder / f"trace_rank{rank}.json.gz", measured.trace)
-    if rank == 0:
+        write_atomically(folder / f"trace_rank{measured.rank}.json.gz", measured.trace)
+    if measured.rank == 0:
         write_atomically(folder / PROFILE_FILE, measured.profile.model_dump_json(indent=1).encode())
         write_atomically(folder / "report.html", to_html(measured.profile, before).encode())
+
+
+def _make_detector(
+    config: Config, checkpoint: Path | None, categories: tuple[Category, ...], device: torch.device
+) -> Detector:
+    if checkpoint is None:
+        return make_random_detector(config, categories, device)
+    detector, _ = load_detector(checkpoint, device, config=config, categories=categories)
+    return detector
 
 
 def _take_turns(profilers: Sequence[InputProfiler | StepProfiler], turn_s: float) -> list[Stage]:

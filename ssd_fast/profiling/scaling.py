@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
+from ssd_fast.config.recipe import load_config
 from ssd_fast.profiling.horovod_timeline import Gradient, Measured, measure, read_timeline
-from ssd_fast.recipe import load_config
 from ssd_fast.tables import Row, Table, format_pairs, format_table
 
 BACKWARD_SHARE = 63.03 / 94.75  # of the operations of a training step at 300x300

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dali_pipelines.batch import TrainBatch
 from dali_pipelines.synthetic import SyntheticTrainLoader
 from ssd_fast import hardware
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector
 from ssd_fast.parts import INPUT, STEP_PARTS
@@ -40,11 +40,11 @@ _MOST_OPERATORS = 12
 _ENDLESS = 10**9  # steps of an epoch of synthetic batches
 
 
-class StepFindings(NamedTuple):
-    """What steps show beside their time.
+class StepDetails(NamedTuple):
+    """Facts about steps beside their times.
 
     peak_bytes: of memory in the first steps, None where it cannot be known.
-    work: what a step does. spans: parts of a few steps of the last turn.
+    work: of one step. spans: parts of a few steps of the last turn.
     doubled: median seconds of the parts of a step with twice the images; empty where that was not measured.
     trace: a few steps as PyTorch's profiler records them, for Perfetto (gzip).
     """
@@ -137,11 +137,11 @@ class StepProfiler:
 
     # ---- once ----
 
-    def findings(self) -> StepFindings:
+    def details(self) -> StepDetails:
         """Count the work of a step, record a few, and time some with twice the images; call it after the turns."""
         work = self.count_work()
         trace, traced = self._record()
-        return StepFindings(
+        return StepDetails(
             peak_bytes=self._peak_bytes,
             work=work.model_copy(update=traced),
             spans=[steps[-1].spans for steps in self._turns.values()][-1],

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dali_pipelines.batch import TrainBatch
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.parts import INPUT
 from ssd_fast.training.step import LossMeter, LossWindow, TrainStep
 

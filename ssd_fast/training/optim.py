@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import nn
 
-from ssd_fast.config import OptimizerConfig
+from ssd_fast.config.sections import OptimizerConfig
 from ssd_fast.distributed.world import World
 
 

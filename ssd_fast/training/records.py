@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 from ssd_fast.distributed.world import World
 from ssd_fast.progress import Progress
 from ssd_fast.training.folder import RunFolder

@@ -16,8 +16,10 @@ from ssd_fast.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from ssd_fast.checkpoints.weights import load_backbone_weights, load_for_finetuning
-from ssd_fast.config import Config
+from ssd_fast.config.recipe import dump_toml
+from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import TrainAndVal, load_sets, make_eval_loader, make_train_loader
+from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector
 from ssd_fast.files import write_atomically
@@ -25,7 +27,6 @@ from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
-from ssd_fast.recipe import dump_toml
 from ssd_fast.training.folder import RunFolder
 from ssd_fast.training.loop import Flags, Loop, Window
 from ssd_fast.training.records import Records
@@ -44,11 +45,13 @@ class Outcome(NamedTuple):
     """The end of a run.
 
     stopped_by: number of the signal that stopped it, 0 for none. best_map: -1 before the first evaluation.
+    is_main: true on rank 0, which speaks for all ranks.
     """
 
     stopped_by: int
     best_map: float
     reached_target: bool
+    is_main: bool
 
 
 class Saved(NamedTuple):
@@ -66,25 +69,24 @@ class _RankState(NamedTuple):
     weights_digest: str
 
 
-def train(config: Config, data_dir: Path, output: Path, *, resume: bool, world: World | None = None) -> Outcome:
+def train(config: Config, data_dir: Path, output: Path, *, resume: bool) -> Outcome:
     """Train as a configuration says; everything about the run goes to a folder.
 
     data_dir: in the layout that the recipe names, by default COCO's.
     output: made if missing. With `resume`, the run in it continues from its newest readable checkpoint, exactly as if
     it had not been interrupted; without a checkpoint it begins.
-    world: the ranks that train together; each of them calls this function. Only rank 0 reads and writes the folder.
+    Every rank of a parallel launch calls this function; only rank 0 reads and writes the folder.
     Raises ValueError (configuration, data, checkpoint), FloatingPointError (loss) and OSError.
     """
-    world = world or World()
     folder = RunFolder(output)
-    with StopRequest() as stop:
+    with connect(config.distributed) as world, StopRequest() as stop:
         setup_logging(None)
         saved = world.broadcast(_open(folder, resume=resume) if world.is_main else None)
         if saved:
             checkpoint = saved.checkpoint
             if _is_finished(config, checkpoint.steps_per_epoch, checkpoint.step, saved.scores):
                 logger.info("%s: this run is finished, at step %d", output, checkpoint.step)
-                return _outcome(config, saved.scores, stopped_by=0)
+                return _outcome(config, saved.scores, 0, world)
             if len(checkpoint.loader) != world.size:
                 raise CheckpointError(
                     f"{output}: a run of {len(checkpoint.loader)} processes: expected as many to resume it, "
@@ -165,7 +167,7 @@ class Run:
                 else:
                     self._train_epoch(stop)
         scores = self.validation.scores
-        outcome = _outcome(self.config, scores, 0 if self._is_finished() else self.stopped_by)
+        outcome = _outcome(self.config, scores, 0 if self._is_finished() else self.stopped_by, self.world)
         self.records.mlperf.run_stop(success=outcome.reached_target)
         if self.world.is_main and outcome.stopped_by:
             reason = f"signal {outcome.stopped_by}, step {self.loop.step}\n"
@@ -333,15 +335,18 @@ def _load_initial_weights(model: SSD, config: Config) -> None:
 
 
 def _is_finished(config: Config, steps_per_epoch: int, step: int, scores: Scores) -> bool:
-    if _outcome(config, scores, 0).reached_target:
+    if _has_reached_target(config, scores):
         return True
     last_step = config.training.epochs * steps_per_epoch
     return step > last_step or (step == last_step and config.training.epochs in scores.by_epoch)
 
 
-def _outcome(config: Config, scores: Scores, stopped_by: int) -> Outcome:
-    best = scores.best_map
-    return Outcome(stopped_by=stopped_by, best_map=best, reached_target=best >= config.evaluation.target_map)
+def _has_reached_target(config: Config, scores: Scores) -> bool:
+    return scores.best_map >= config.evaluation.target_map
+
+
+def _outcome(config: Config, scores: Scores, stopped_by: int, world: World) -> Outcome:
+    return Outcome(stopped_by, scores.best_map, _has_reached_target(config, scores), world.is_main)
 
 
 def _differences(old: Config, new: Config) -> list[tuple[str, object, object]]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dali_pipelines.batch import TrainBatch
-from ssd_fast.config import DistributedConfig, OptimizerConfig
+from ssd_fast.config.sections import DistributedConfig, OptimizerConfig
 from ssd_fast.distributed.world import World
 from ssd_fast.model.loss import Loss, multibox_loss_mean
 from ssd_fast.model.ssd import SSD, on_device

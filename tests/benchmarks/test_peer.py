@@ -1,4 +1,4 @@
-"""The benchmark beside torchvision: its peer does the same work as ours, and it prints how the two compare."""
+"""The benchmark against torchvision: its peer does the same work as ours, and the command prints the ratios."""
 
 import json
 import multiprocessing
@@ -50,7 +50,7 @@ def make_peer(dtype: torch.dtype = torch.float32) -> tuple[PeerTrainer, SSD, Ten
 
 
 def make_batch(seed: int, boxes_per_image: tuple[int, ...]) -> PeerBatch:
-    """One box in a quarter of the image, at least half as high and wide: no two anchors can overlap it equally."""
+    """Boxes in different quarters of the image, at least half as wide and high: anchors never overlap one equally."""
     generator = torch.Generator().manual_seed(seed)
     boxes_ltrb, labels = [], []
     for count in boxes_per_image:
@@ -102,9 +102,9 @@ def test_loss_of_a_batch_is_divided_by_its_positives_together() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peer_learns_a_batch(dtype: torch.dtype) -> None:
     peer, model, _ = make_peer(dtype)
-    batch = make_batch(0, (4, 4))
+    batch = make_batch(0, (4,))
     before = peer.loss(batch).item()
-    for _ in range(6):
+    for _ in range(2):
         peer.train_step(batch, 0.005)
     assert peer.loss(batch).item() < 0.8 * before
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

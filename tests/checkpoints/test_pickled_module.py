@@ -31,7 +31,7 @@ class Net(nn.Module):
         super().__init__()
         self.loc = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, bias=False)])
         self.model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2))
-        self.weight = nn.Parameter(self.loc[0].weight.detach().double())
+        self.weight = nn.Parameter(self.loc.state_dict()["0.weight"].double())
         self.register_buffer("scratch", torch.ones(1), persistent=False)
         self.register_buffer("nothing", None)
         self.encoder = Encoder()

@@ -20,9 +20,9 @@ from ssd_fast.checkpoints.weights import (
     load_weights,
     read_state_dict,
 )
-from ssd_fast.config import ModelConfig
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import ModelConfig
 from ssd_fast.model.ssd import SSD
-from ssd_fast.recipe import load_config
 
 RECIPE = REPOSITORY / "configs" / "ssd300.toml"
 CONFIG = ModelConfig(
@@ -300,7 +300,7 @@ class TestBackbone:
         url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
         torch.save(resnet.state_dict(), empty_hub / url.rpartition("/")[2])
         load_backbone_weights(model, "imagenet")
-        assert torch.equal(model.backbone.conv1.weight, resnet.conv1.weight)
+        assert torch.equal(model.state_dict()["backbone.conv1.weight"], resnet.conv1.weight)
 
     def test_without_network_the_error_names_address_file_and_alternatives(
         self, empty_hub: Path, monkeypatch: pytest.MonkeyPatch

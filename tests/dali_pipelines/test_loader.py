@@ -1,4 +1,4 @@
-"""What both loaders do with files: layouts, names, pixels against Pillow's, and files that cannot be decoded."""
+"""Both loaders and their files: layouts, names, pixels against Pillow's, and files that cannot be decoded."""
 
 from pathlib import Path
 from typing import Any

@@ -8,11 +8,11 @@ from repository import REPOSITORY
 from tiny import tiny_config
 
 from kernels.reference import encode_boxes
+from ssd_fast.config.recipe import load_config
 from ssd_fast.data.coco import load_coco
 from ssd_fast.data.loaders import box_encoder, make_encode, make_train_loader
 from ssd_fast.distributed.world import World
 from ssd_fast.model.anchors import model_anchors, reference_order
-from ssd_fast.recipe import load_config
 
 
 def test_the_recipe_names_the_encoder_and_auto_is_ours_on_the_cpu(synthetic_set: Path) -> None:

@@ -20,8 +20,8 @@ FAIL = f"""
 import os, signal, sys, time
 from pathlib import Path
 import horovod.torch, torch
-from ssd_fast.config import DistributedConfig
-from ssd_fast.distributed.world import connect
+from ssd_fast.config.sections import DistributedConfig
+from ssd_fast.distributed.launch import connect
 
 how, ready = sys.argv[1], Path(sys.argv[2])
 (ready / str(os.getpid())).touch()

@@ -7,12 +7,14 @@ import pytest
 from ranks import horovodrun_environment
 from tiny import tiny_config
 
-from ssd_fast.distributed.world import connect
+from ssd_fast.distributed.launch import connect
 
 
 def test_a_process_that_was_started_alone_is_a_world_of_one_without_horovod() -> None:
     code = (
-        "import sys; from ssd_fast.config import DistributedConfig; from ssd_fast.distributed.world import connect\n"
+        "import sys\n"
+        "from ssd_fast.config.sections import DistributedConfig\n"
+        "from ssd_fast.distributed.launch import connect\n"
         "with connect(DistributedConfig()) as world: assert (world.rank, world.size) == (0, 1)\n"
         "assert 'horovod' not in sys.modules"
     )

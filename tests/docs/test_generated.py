@@ -5,7 +5,7 @@ import sys
 
 from repository import REPOSITORY
 
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 
 GENERATE = REPOSITORY / "docs" / "generate.py"
 

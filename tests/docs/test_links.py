@@ -43,6 +43,13 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert list(broken_links(page)) == ["other.md", "page.md#two"]
 
 
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    paths = re.findall(r"`((?:ssd_fast|dali_pipelines|kernels|docs|tests|configs)/[\w./]*)`", page.read_text("utf-8"))
+
+    assert [path for path in paths if "NAME" not in path and not (REPOSITORY / path).exists()] == []
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
     pages = [page for page in DOCUMENTS if page.parent == REPOSITORY / "docs" and page.name != "index.md"]

@@ -10,10 +10,10 @@ from repository import REPOSITORY
 from tiny import tiny_config
 
 from ssd_fast.checkpoints.checkpoint import load_checkpoint
+from ssd_fast.config.recipe import load_config
 from ssd_fast.data.synthesize import KINDS, synthesize
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
-from ssd_fast.recipe import load_config
 from ssd_fast.training.run import train
 
 CONFIGS = REPOSITORY / "configs"
@@ -65,4 +65,4 @@ def test_a_detector_of_small_images_goes_on_at_large_ones(tmp_path: Path, caplog
     assert "anew" not in caplog.text
     for name, parameter in small.named_parameters():
         torch.testing.assert_close(large.model[name], parameter.detach(), rtol=0, atol=1e-6, msg=name)
-    assert not torch.equal(large.model["backbone.bn1.running_mean"], small.backbone.bn1.running_mean)
+    assert not torch.equal(large.model["backbone.bn1.running_mean"], small.state_dict()["backbone.bn1.running_mean"])

@@ -27,7 +27,7 @@ from kernels.boxes import iou_matrix, ltrb_to_cxcywh
 
 
 def assert_detections_close(found: Detections, expected: Detections) -> None:
-    """Same detections to float32 rounding; among scores that rounding makes equal the order is free."""
+    """Compare detections up to float32 rounding. Among scores that rounding makes equal, any order is right."""
     found = Detections(*(tensor.cpu() for tensor in found))
     assert found.counts.dtype == found.labels.dtype == torch.int32
     assert found.boxes_ltrb.dtype == found.scores.dtype == torch.float32

@@ -23,13 +23,13 @@ from kernels import multibox_loss, reference
 def assert_loss_equals_plain(
     device: torch.device, values: LossInput, grad_box: Tensor | None = None, grad_class: Tensor | None = None
 ) -> LossResult:
-    """Losses and gradients against those of the plain version in float64; infinities and NaNs must be the same."""
+    """Compare losses and gradients with those of the plain version in float64, infinities and NaNs included."""
     batch_size, dtype = values.deltas.shape[0], values.deltas.dtype
     default = torch.rand(2, batch_size, generator=seeded(9)) + 0.5
     grads = (default[0] if grad_box is None else grad_box, default[1] if grad_class is None else grad_class)
     wide = LossInput(*(x.double() if x.is_floating_point() else x for x in values))
     expected = run_loss(reference.multibox_loss, wide, *grads)
-    # what does not count has no gradient; where it is not finite, plain torch makes 0 x NaN of it
+    # An anchor outside the loss has no gradient, but plain torch makes 0 x NaN of one that is not finite.
     expected.grad_deltas[values.target_labels <= 0] = 0
     expected.grad_logits[~values.target_labels.any(dim=1)] = 0
     found = LossResult(*(x.cpu() for x in run_loss(multibox_loss, values.to(device), *grads)))

@@ -1,4 +1,4 @@
-"""What every compiled operator keeps: bits, batches, devices, schemas, compilation."""
+"""Properties of every compiled operator: equal bits, independent images, devices, schemas, compilation."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,7 +22,7 @@ from kernels import decode_nms, encode_boxes, multibox_loss
 
 
 class Call(NamedTuple):
-    """One call of an operator: its public function, the operator below it, and arguments that suit both."""
+    """One call of an operator: its public function, the registered operator, and arguments that suit both."""
 
     function: Callable
     operator: Any

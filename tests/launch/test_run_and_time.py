@@ -14,9 +14,9 @@ from repository import REPOSITORY
 from timed_report import printed_seconds
 from tiny import tiny_config
 
+from ssd_fast.config.recipe import dump_toml
 from ssd_fast.data.coco import load_coco
 from ssd_fast.model.ssd import SSD
-from ssd_fast.recipe import dump_toml
 
 SCRIPT = REPOSITORY / "run_and_time.sh"
 PARTS = ("load", "pre-processing", "model", "decoding and NMS", "collecting", "scoring")

@@ -15,8 +15,8 @@ from repository import REPOSITORY
 from slurm_cluster import Ended, SlurmCluster, missing_programs
 from tiny import assert_same_end, tiny_config
 
+from ssd_fast.config.recipe import dump_toml
 from ssd_fast.profiling.profile import read_profile
-from ssd_fast.recipe import dump_toml
 from ssd_fast.training.history import read_metrics
 
 SCRIPT = REPOSITORY / "run.slurm"

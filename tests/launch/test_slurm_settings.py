@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 from repository import REPOSITORY
 
-from ssd_fast.recipe import load_config
+from ssd_fast.config.recipe import load_config
 
 SCRIPT = REPOSITORY / "run.slurm"
 

@@ -1,17 +1,19 @@
 """LoadGen's settings for each scenario."""
 
+from typing import Any
+
 import pytest
 from repository import REPOSITORY
 
+from ssd_fast.config.recipe import load_config
 from ssd_fast.loadgen.settings import Scenario, make_settings
-from ssd_fast.recipe import load_config
 
 mlperf_loadgen = pytest.importorskip("mlperf_loadgen")
 
 
 def test_settings_are_those_of_the_last_round_with_this_detector() -> None:
     settings = load_config(REPOSITORY / "configs" / "ssd1200.toml").benchmark
-    made = {
+    made: dict[str, Any] = {
         scenario: make_settings(mlperf_loadgen, settings, scenario, "performance", batch_seconds=0.1)
         for scenario in Scenario
     }

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repository import REPOSITORY
 
+from ssd_fast.config.recipe import load_config
 from ssd_fast.model.anchors import make_anchors, model_anchors, reference_order
-from ssd_fast.recipe import load_config
 
 RECIPE = REPOSITORY / "configs" / "ssd300.toml"
 SSD1200: dict[str, Any] = {

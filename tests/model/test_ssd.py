@@ -11,11 +11,11 @@ from repository import REPOSITORY
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssd_fast.config import ModelConfig
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import ModelConfig
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.loss import multibox_loss_mean
 from ssd_fast.model.ssd import SSD, on_device
-from ssd_fast.recipe import load_config
 
 RECIPE = REPOSITORY / "configs" / "ssd300.toml"
 

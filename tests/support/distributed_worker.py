@@ -12,8 +12,9 @@ from tiny import tiny_config
 from torch import nn
 
 from dali_pipelines.batch import TrainBatch
-from ssd_fast.config import DistributedConfig
-from ssd_fast.distributed.world import World, connect
+from ssd_fast.config.sections import DistributedConfig
+from ssd_fast.distributed.launch import connect
+from ssd_fast.distributed.world import World
 from ssd_fast.model.loss import Loss
 from ssd_fast.model.ssd import SSD
 from ssd_fast.training.step import LossMeter, TrainStep
@@ -138,8 +139,7 @@ def run(data: str, output: str, resume: str, rank: str, step: str, how: str, *ov
 
     TrainStep.__call__ = train_step  # type: ignore[method-assign]
     config = tiny_config(("training.batch_size=4", "distributed.timeout_s=60", *overrides))
-    with connect(config.distributed) as world:
-        outcome = train(config, Path(data), Path(output), resume=resume == "resume", world=world)
+    outcome = train(config, Path(data), Path(output), resume=resume == "resume")
     sys.exit(128 + outcome.stopped_by if outcome.stopped_by else 0)
 
 

@@ -1,4 +1,4 @@
-"""Inputs of the compiled operators, and what the tests of all of them need.
+"""Inputs of the compiled operators, and support for the tests of all of them.
 
 Needs torch, pytest and hypothesis alone, so that the tests run on a bare machine with a GPU.
 """
@@ -23,7 +23,7 @@ ON_A_GPU = pytest.mark.parametrize(
     [pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.skipif(not CUDA, reason="no GPU, or no kernels"))],
 )
 NAN, INF = math.nan, math.inf
-# grid size and anchors per cell of every level, by number of anchors
+# Grid size and anchors per cell of every level, by number of anchors.
 PYRAMIDS = {
     8_732: [(38, 4), (19, 6), (10, 6), (5, 6), (3, 4), (1, 4)],
     15_130: [(50, 4), (25, 6), (13, 6), (7, 6), (3, 4), (3, 4)],
@@ -31,7 +31,7 @@ PYRAMIDS = {
 
 
 def pyramid_anchors(num_anchors: int) -> Tensor:
-    """[A, 4] cxcywh laid out like the network's; random ones where no network has that many."""
+    """[A, 4] cxcywh laid out like the network's; random if no network has num_anchors of them."""
     if num_anchors not in PYRAMIDS:
         return ltrb_to_cxcywh(random_boxes(num_anchors, seeded(num_anchors)))
     levels = []
@@ -66,7 +66,7 @@ class GroundTruths(NamedTuple):
 
 
 def ground_truths(counts: list[int], seed: int = 0) -> GroundTruths:
-    """As many random boxes for every image, labelled 1 to 80."""
+    """Random boxes, labelled 1 to 80. counts: the number of boxes of each image."""
     generator = seeded(seed)
     labels = torch.randint(1, 81, (sum(counts),), generator=generator, dtype=torch.int32)
     return GroundTruths(random_boxes(sum(counts), generator), labels, torch.tensor([0, *counts]).cumsum(0))
@@ -132,7 +132,7 @@ class DecodeInput(NamedTuple):
 def decode_input(
     batch_size: int, num_anchors: int, num_classes: int, dtype: torch.dtype = torch.float32, *, seed: int = 0
 ) -> DecodeInput:
-    """Predictions like a network's: sure of the background but for the anchors around a few objects."""
+    """Predictions like a trained network's: background, except for the anchors around a few objects."""
     generator, anchors = seeded(seed), pyramid_anchors(num_anchors)
     deltas = torch.randn(batch_size, num_anchors, 4, generator=generator) * 0.5
     logits = torch.randn(batch_size, num_anchors, num_classes, generator=generator)
@@ -147,7 +147,7 @@ def decode_input(
 
 
 def random_predictions(batch_size: int, num_anchors: int, num_classes: int, seed: int = 0) -> DecodeInput:
-    """Predictions like an untrained network's: every class likely everywhere."""
+    """Predictions like an untrained network's: every class is likely everywhere."""
     generator = seeded(seed)
     deltas, logits = (torch.randn(batch_size, num_anchors, size, generator=generator) for size in (4, num_classes))
     return DecodeInput(deltas, logits, pyramid_anchors(num_anchors))

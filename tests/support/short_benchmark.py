@@ -22,7 +22,7 @@ SHORT = (
     "benchmark.offline_batch_size=8",
     "benchmark.offline_qps=1000",
 )
-"""Overrides of configs/demo.toml, beside those of TINY: a run of each scenario takes about a second."""
+"""Overrides of configs/demo.toml, beside those of TINY: a run of each scenario takes seconds."""
 MANY = "detection.score_threshold=0.01"  # so that random weights detect something
 
 

@@ -7,8 +7,8 @@ import torch
 from repository import REPOSITORY
 
 from ssd_fast.checkpoints.checkpoint import load_checkpoint, numbered_path
-from ssd_fast.config import Config
-from ssd_fast.recipe import load_config
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import Config
 from ssd_fast.training.history import read_metrics
 
 TINY = (

@@ -11,8 +11,8 @@ from mlperf_logging.compliance_checker import mlp_compliance
 from mlperf_logging.package_checker.seed_checker import SeedChecker
 from repository import REPOSITORY
 
-from ssd_fast.config import Config
-from ssd_fast.recipe import load_config
+from ssd_fast.config.recipe import load_config
+from ssd_fast.config.sections import Config
 from ssd_fast.training.mlperf_log import MlperfLog
 
 RULESETS = ["0.7.0", "1.0.0"]

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that state what a run changes of the defaults in `ssd_fast.config`."""
+"""Recipes: TOML files that state what a run changes of the defaults in `sections.py`."""
 
 import tomllib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from ssd_fast.config import Config
+from ssd_fast.config.sections import Config
 
 
 class ConfigError(ValueError):
