@@ -80,7 +80,7 @@ def test_the_main_rank_alone_leaves_records_and_they_say_that_all_weights_are_th
 def test_a_run_is_resumed_by_as_many_processes_as_it_had(finished: Path, synthetic_set: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    with pytest.raises(CheckpointError, match=r"copy: a run of 2 processes: expected as many to go on with it, not 1"):
+    with pytest.raises(CheckpointError, match=r"copy: a run of 2 processes: expected as many to resume it, not 1"):
         train(tiny_config(("training.epochs=3",)), synthetic_set, copy, resume=True)
 
 
