@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     overrides: "section.key=value" each, with the value in TOML's notation; a bare word is a string.
     Raises ValueError that lists every key that is unknown, has the wrong type or contradicts another.
     """
-    from ssd_fast.config.sections import recipe
+    from ssd_fast.config import recipe
 
     return recipe.load_config(Path(path), overrides)
 
