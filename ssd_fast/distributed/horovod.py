@@ -113,7 +113,7 @@ class HorovodWorld(World):
 
 
 class WireContext(NamedTuple):
-    """What decompress needs to restore a gradient."""
+    """Information that decompress needs to restore a gradient."""
 
     is_permuted: bool
     dtype: torch.dtype

@@ -21,7 +21,7 @@ _NUM_SPEAKERS = 8  # the first of these ranks to give up prints the reason
 
 
 class Sign(NamedTuple):
-    """What a rank last wrote about itself."""
+    """The last message of a rank about itself."""
 
     beats: int
     """Number of signs so far: it grows as long as the process runs."""

@@ -43,7 +43,7 @@ class Scoring:
         self._thread.start()
 
     def is_done(self) -> bool:
-        """Whether the process has ended, with or without a result."""
+        """Return true once the process has ended, with or without a result."""
         return not self._thread.is_alive()
 
     def result(self, timeout_s: float) -> CocoScores:

@@ -185,7 +185,7 @@ class Profile(_Record):
         return next((stage for stage in self.stages if stage.name == name), None)
 
     def measured(self, *names: str) -> list[Stage]:
-        """Those stages of these names that were measured."""
+        """Stages of these names, as far as they were measured."""
         return [stage for name in names if (stage := self.stage(name)) is not None]
 
     def flop_per_s(self, stage: Stage) -> float:

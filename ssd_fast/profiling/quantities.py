@@ -17,7 +17,7 @@ def number(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """How many times as much: "1.25x"."""
+    """A ratio as text: "1.25x"."""
     return f"{value:.2f}x"
 
 

@@ -59,7 +59,7 @@ class Loop:
 
     @property
     def is_at_epoch_end(self) -> bool:
-        """Whether the steps of an epoch are complete."""
+        """True between two epochs."""
         return self.step % self.steps_per_epoch == 0
 
     def learning_rate(self, step: int) -> float:

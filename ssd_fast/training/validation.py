@@ -60,7 +60,7 @@ class Validation:
         self._start_s = 0.0
 
     def is_due(self, epoch: int) -> bool:
-        """Whether the model is to be evaluated after this epoch, and has not been."""
+        """Return true if an evaluation follows this epoch and has not been made."""
         return epoch in self._epochs and epoch not in (*self.scores.by_epoch, self.pending_epoch)
 
     def start(self, epoch: int) -> None:

@@ -20,7 +20,7 @@ from ssd_fast.checkpoints.weights import read_state_dict, read_torch_file
 
 
 class Encoder:
-    """What modules hold besides modules."""
+    """A module with parameters, buffers and plain attributes."""
 
     def __init__(self) -> None:
         self.anchors = torch.rand(3, 4)

@@ -1,4 +1,4 @@
-"""What a task of a Slurm step is told becomes Horovod's variables, or one clear error."""
+"""Slurm's variables of a task become Horovod's variables, or one clear error."""
 
 import pytest
 from ranks import slurm_environment

@@ -99,7 +99,7 @@ def test_bits_equal_pycocotools_on_some_images_and_categories(seed: int, tmp_pat
 
 
 def make_detections(instances: dict[str, Any], rng: np.random.Generator, false_per_image: float) -> DetectionTable:
-    """What a detector might find: boxes moved, doubled, missed, mislabelled, invented; half of the scores rounded."""
+    """Plausible detections: boxes moved, doubled, missed, mislabelled, invented; half of the scores rounded."""
     annotations = instances["annotations"]
     category_ids = np.array([category["id"] for category in instances["categories"]])
     sources = np.repeat(np.arange(len(annotations)), rng.integers(0, 5, len(annotations)))

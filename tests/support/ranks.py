@@ -23,7 +23,7 @@ WORKER = (sys.executable, str(REPOSITORY / "tests" / "support" / "distributed_wo
 
 
 class Ended(NamedTuple):
-    """How a rank ended."""
+    """The end of a rank."""
 
     status: int
     output: str
