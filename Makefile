@@ -47,7 +47,7 @@ demo: install
 
 horovod: $(VENV)/horovod
 
-$(VENV)/horovod: $(VENV)/installed build_horovod.sh
+$(VENV)/horovod: $(VENV)/installed build_horovod.sh cuda_toolkit.py
 	@./build_horovod.sh $(BIN)/python
 	touch $@
 
@@ -83,6 +83,7 @@ $(VENV)/docs: $(VENV)/installed docs/requirements.lock
 lint: install
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(KERNEL_SOURCES))
 	$(BIN)/mypy
 
 gpu-check: install

@@ -261,6 +261,7 @@ def test_full_disk_ends_the_log_file_with_one_warning(capfd: pytest.CaptureFixtu
 
 
 SCRIPT = """
+import logging
 from pathlib import Path
 from ssd_fast.progress import Progress, setup_logging, track
 setup_logging(Path("train.log"))

@@ -69,7 +69,10 @@ def _serve() -> None:
     """Answer the request on standard input with CocoScores, or with an error that the user can correct."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Slurm sends a step's signals to all of its processes
-    request: ScoringRequest = pickle.load(sys.stdin.buffer)
+    try:
+        request: ScoringRequest = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):  # the process that asks has ended
+        return
     answer: CocoScores | Exception
     try:
         answer = score(request.annotation_file, request.table, category_ids=request.category_ids)

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from ssd_fast.training.history import MetricsWriter, read_metrics
@@ -19,6 +20,12 @@ SCORE_NAMES = (
     *("map", "map_50", "map_75", "map_small", "map_medium", "map_large"),
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
 )
+
+
+@pytest.fixture(autouse=True)
+def few_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads event files by name; of one second, the tenth of a process would come before the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @contextmanager
