@@ -1,4 +1,4 @@
-"""Shared parts of the tests of the input pipelines: sets of images, loaders with small defaults, and pixels of batches."""
+"""Shared parts of the tests of the input pipelines: sets of images, loaders with small defaults, pixels of batches."""
 
 from collections.abc import Iterator
 from functools import partial
