@@ -111,11 +111,9 @@ class Progress:
             f"{images_per_second:.1f} images/s",
         )
         logger = _logger if step_in_epoch == self._steps else _steps
-        logger.info(
-            "epoch %d/%d step %d/%d %s ETA %s",
-            *(self._epoch, self._epochs, self._step, self._steps),
-            *(" ".join(self._figures), self._remaining((self._epochs - self._epoch) * self._steps)),
-        )
+        position = f"epoch {self._epoch}/{self._epochs} step {self._step}/{self._steps}"
+        remaining = self._remaining((self._epochs - self._epoch) * self._steps)
+        logger.info("%s %s ETA %s", position, " ".join(self._figures), remaining)
 
     def evaluation(self, epoch: int, map: float, map_50: float, seconds: float) -> None:
         """Show the scores (fractions) of the evaluation after an epoch, and its duration."""
@@ -129,13 +127,10 @@ class Progress:
         """The live display, three lines: position in the epoch, figures, remaining time and last scores."""
         if not self._steps:
             return Text("preparing", style="dim")
-        epoch = f"epoch {self._epoch}/{self._epochs}"
+        epoch, done = f"epoch {self._epoch}/{self._epochs}", f"{self._step}/{self._steps}"
         run = f"whole run ETA {self._remaining((self._epochs - self._epoch) * self._steps)}"
         return Group(
-            _bar(
-                *(self._console, epoch, self._step, self._steps),
-                *(f"{self._step}/{self._steps}", f"ETA {self._remaining(0)}"),
-            ),
+            _bar(self._console, epoch, self._step, self._steps, done, f"ETA {self._remaining(0)}"),
             _row(zip(self._figures, ("bold", "cyan", "green"), strict=False)),
             _row([(run, ""), (self._score, "yellow")]),
         )

@@ -80,9 +80,8 @@ def test_detect_writes_an_annotated_copy_of_every_image_and_one_json(
         width, height = image.size
         image.save(rotated, exif=exif)
     output = tmp_path / "out"
-    status, out, _ = run(
-        *("detect", "--checkpoint", checkpoint, "--output", output, "--drawn-score", "0.05", *images, rotated)
-    )
+    options = ["--checkpoint", checkpoint, "--output", output, "--drawn-score", "0.05"]
+    status, out, _ = run("detect", *options, *images, rotated)
     assert status == 0
     (count, seconds, rate) = re.findall(r"^(\d+) images in ([\d.]+) s, ([\d.]+) a second \(", out, re.MULTILINE)[0]
     assert (count, float(rate)) == ("4", pytest.approx(4 / float(seconds), rel=1e-3))

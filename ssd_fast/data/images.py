@@ -57,7 +57,7 @@ def inspect_images(paths: Sequence[Path], sizes_hw: np.ndarray) -> list[str | No
     return _in_threads(inspect, list(zip(paths, sizes_hw, strict=True)))
 
 
-def find_images(paths: Iterable[Path], *, bad_images: Policy) -> LabelledImages:
+def find_images(paths: Iterable[Path], *, bad_images: Policy | None) -> LabelledImages:
     """Images to detect on, without ground truths; image_ids count from 0, sizes_hw are those after EXIF rotation.
 
     paths: files, folders (all images in them, by file name ending), or patterns of files (*, ?, [ ] and **).

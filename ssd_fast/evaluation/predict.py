@@ -111,7 +111,7 @@ class ImageDetector:
         return results
 
     def _file_batches(self, files: Sequence[Path]) -> EvalLoader:
-        return _make_loader(self.config, find_images(files, bad_images="error"), self._device)
+        return _make_loader(self.config, find_images(files, bad_images=None), self._device)
 
     def _pixel_batches(self, images: Sequence[Image.Image]) -> Iterable[EvalBatch]:
         if self._array_loader is None:

@@ -15,6 +15,8 @@ class RunFolder:
         self.recipe = path / "config.toml"
         self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.mlperf_log = path / "mlperf.log"
         self.scores = path / "scores.json"
         self.detections = path / "detections.json"
         """Detections of the best evaluation, in COCO's result format."""

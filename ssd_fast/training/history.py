@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ssd_fast.files import write_atomically
+from ssd_fast.training.folder import RunFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -18,26 +19,25 @@ _TENSORBOARD_TAGS = {"loss": "loss/total", "box_loss": "loss/box", "class_loss":
 
 
 class MetricsWriter:
-    """A writer of OUTPUT/metrics.jsonl, one JSON object per line, and OUTPUT/tensorboard.
+    """A writer of a run's metrics.jsonl, one JSON object per line, and of its files for TensorBoard.
 
     Lines of training have kind "train" and the keys step, epoch, loss, box_loss, class_loss, learning_rate and
     images_per_second; lines of an evaluation have kind "eval", step, epoch and the names of the scores. A figure that
     is not finite is null. Every line is written at once: a killed process leaves at most one incomplete line.
     """
 
-    def __init__(self, output_dir: Path, *, resume_step: int | None, scored_epochs: Collection[int]) -> None:
+    def __init__(self, folder: RunFolder, *, resume_step: int | None, scored_epochs: Collection[int]) -> None:
         """Open the history of a run.
 
-        output_dir: existing folder.
         resume_step: the step that the run resumes from. Records of later steps are dropped; None drops all.
         scored_epochs: epochs whose scores are known. Records of other evaluations are dropped: they are repeated.
         Raises OSError naming the file where it cannot be written.
         """
-        self._path = output_dir / "metrics.jsonl"
+        self._path = folder.metrics
         kept = _lines_until(self._path, resume_step, scored_epochs)
         write_atomically(self._path, "".join(line + "\n" for line in kept).encode())
         self._file = self._path.open("ab", buffering=0)
-        self._plots_dir = output_dir / "tensorboard"
+        self._plots_dir = folder.tensorboard
         self._tensorboard = SummaryWriter(
             str(self._plots_dir), purge_step=0 if resume_step is None else resume_step + 1
         )

@@ -28,27 +28,27 @@ _CALLER = 2  # frames from the library's methods to whoever called the method of
 
 
 class MlperfLog:
-    """A writer of OUTPUT/mlperf.log. Its methods are called in the order in which they are defined.
+    """A writer of a run's mlperf.log. Its methods are called in the order in which they are defined.
 
     Each line carries a time stamp in milliseconds and the file and line of the caller. Epochs count from 1. A block is
     the epochs up to and including the next evaluation; the log opens and closes blocks by itself.
     """
 
-    def __init__(self, output_dir: Path | None) -> None:
-        """Open the log of one attempt. Logs of earlier attempts in the folder are kept as mlperf.1.log, mlperf.2.log, …
+    def __init__(self, path: Path | None) -> None:
+        """Open the log of one attempt. Logs of earlier attempts at the path are kept as mlperf.1.log, mlperf.2.log, …
 
         The checker wants exactly one initialisation and one run_start per file, and the time to train lies between
         run_start and run_stop: so an attempt that resumes another has a file, and a time, of its own.
 
-        output_dir: existing folder; None writes nothing (every rank but the first).
+        path: of the log, in an existing folder; None writes nothing (every rank but the first).
         Raises OSError naming the file where it cannot be written, now or at a later event.
         """
         # A logger outside logging's registry: no other handler sees its lines, and two logs in a process stay apart.
         self._logger = logging.Logger("mlperf", logging.INFO)
-        if output_dir is None:
+        if path is None:
             self._logger.addHandler(logging.NullHandler())
         else:
-            self._logger.addHandler(_EventFile(_free(output_dir / "mlperf.log"), mode="w", encoding="utf-8"))
+            self._logger.addHandler(_EventFile(_free(path), mode="w", encoding="utf-8"))
         self._events = MLLogger(self._logger, default_stack_offset=_CALLER, root_dir=re.escape(str(_PROJECT_ROOT)))
         self._evaluation_epochs: list[int] = []
         self._block_epoch: int | None = None

@@ -27,7 +27,7 @@ class Records:
         self._world = world
         self._metrics: MetricsWriter | None = None
         self.progress = Progress(epochs=config.training.epochs)
-        self.mlperf = MlperfLog(folder.path if world.is_main else None)
+        self.mlperf = MlperfLog(folder.mlperf_log if world.is_main else None)
         self.mlperf.init_start(
             organization="ssd_fast",
             platform=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -37,7 +37,7 @@ class Records:
     def open_history(self, resume_step: int | None, scored_epochs: Collection[int]) -> None:
         """Open metrics.jsonl and TensorBoard, without what an earlier attempt wrote of steps that are done again."""
         if self._world.is_main:
-            self._metrics = MetricsWriter(self._folder.path, resume_step=resume_step, scored_epochs=scored_epochs)
+            self._metrics = MetricsWriter(self._folder, resume_step=resume_step, scored_epochs=scored_epochs)
 
     def begin(
         self, *, train_samples: int, eval_samples: int, evaluation_epochs: Collection[int], resumed_epoch: int | None

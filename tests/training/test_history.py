@@ -14,12 +14,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
+from ssd_fast.training.folder import RunFolder
 from ssd_fast.training.history import MetricsWriter, read_metrics
 
-SCORE_NAMES = (
-    *("map", "map_50", "map_75", "map_small", "map_medium", "map_large"),
-    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
-)
+SCORE_NAMES = [
+    "map",
+    "map_50",
+    "map_75",
+    "map_small",
+    "map_medium",
+    "map_large",
+    "mar_1",
+    "mar_10",
+    "mar_100",
+    "mar_small",
+    "mar_medium",
+    "mar_large",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +43,7 @@ def few_writers(monkeypatch: pytest.MonkeyPatch) -> None:
 def open_writer(
     directory: Path, resume_step: int | None = None, scored_epochs: Sequence[int] = (1, 2, 3)
 ) -> Iterator[MetricsWriter]:
-    writer = MetricsWriter(directory, resume_step=resume_step, scored_epochs=scored_epochs)
+    writer = MetricsWriter(RunFolder(directory), resume_step=resume_step, scored_epochs=scored_epochs)
     yield writer
     writer.close()
 
@@ -163,14 +174,14 @@ def test_failed_rewrite_leaves_the_earlier_history(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match=r"No space.*metrics\.jsonl"):
-        MetricsWriter(tmp_path, resume_step=10, scored_epochs=())
+        MetricsWriter(RunFolder(tmp_path), resume_step=10, scored_epochs=())
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with mock.patch("ssd_fast.training.history.SummaryWriter"):
-        writer = MetricsWriter(tmp_path, resume_step=None, scored_epochs=())
+        writer = MetricsWriter(RunFolder(tmp_path), resume_step=None, scored_epochs=())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a file may not grow past 100 bytes
     try:

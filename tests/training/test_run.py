@@ -30,6 +30,7 @@ from ssd_fast.checkpoints.checkpoint import (
 from ssd_fast.model.loss import Loss
 from ssd_fast.training.history import read_metrics
 from ssd_fast.training.run import train
+from ssd_fast.training.scores import read_scores
 from ssd_fast.training.step import TrainStep
 
 STEPS = 16  # two epochs of eight
@@ -123,6 +124,24 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_as_if_uninterrupted(
     assert scores == [record for record in read_metrics(finished / "metrics.jsonl") if record["kind"] == "eval"]
     steps = [record["step"] for record in read_metrics(output / "metrics.jsonl") if record["kind"] == "train"]
     assert steps == sorted(set(steps))
+
+
+def test_a_run_of_an_earlier_version_is_resumed_with_the_scores_in_its_checkpoint(
+    finished: Path, synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    with during_step(monkeypatch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tiny_config(), synthetic_set, output, resume=False)
+    path = numbered_path(output / "checkpoints", 11)
+    content = torch.load(path, weights_only=True)
+    known = read_scores(output / "scores.json", until_epoch=1).by_epoch
+    torch.save(content | {"format": "ssd_fast checkpoint 2", "scores": known}, path)
+    (output / "scores.json").unlink()
+    train(tiny_config(), synthetic_set, output, resume=True)
+    assert_same_end(output, finished, STEPS)
+    expected = read_scores(finished / "scores.json", until_epoch=2).by_epoch
+    assert read_scores(output / "scores.json", until_epoch=2).by_epoch == expected
+    assert (output / "precision_recall.png").is_file()
 
 
 def train_command(config_overrides: tuple[str, ...], data: Path, output: Path, *options: str) -> list[str]:
