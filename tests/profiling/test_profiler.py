@@ -158,11 +158,33 @@ def test_evaluation_scores_the_images_that_it_measures(synthetic_set: Path, monk
 # ---- planted bottlenecks ----
 
 
-def test_a_sleep_in_the_optimizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+class VirtualClock:
+    """A clock that a busy machine does not change: each reading takes a millisecond, more is planted."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        self.advance(0.001)
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
+    found = VirtualClock()
+    monkeypatch.setattr(time, "perf_counter", found)
+    return found
+
+
+def test_time_lost_in_the_optimizer_is_found(monkeypatch: pytest.MonkeyPatch, clock: VirtualClock) -> None:
     original = torch.optim.SGD.step
 
     def slow_step(self: torch.optim.SGD, *arguments: Any, **named: Any) -> Any:
-        time.sleep(0.3)
+        clock.advance(0.3)
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(torch.optim.SGD, "step", slow_step)
@@ -182,11 +204,11 @@ def test_a_value_read_in_the_loop_is_found_with_its_place(monkeypatch: pytest.Mo
     assert any("1 a step at tests/profiling/test_profiler.py:" in finding.sentence for finding in report.findings)
 
 
-def test_a_slow_disk_is_found(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_is_found(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch, clock: VirtualClock) -> None:
     original = loader.run_ragged
 
     def slow_run(*arguments: Any) -> tuple[Any, ...]:
-        time.sleep(0.2)
+        clock.advance(0.2)
         return original(*arguments)
 
     monkeypatch.setattr(loader, "run_ragged", slow_run)
@@ -195,11 +217,11 @@ def test_a_slow_disk_is_found(synthetic_set: Path, monkeypatch: pytest.MonkeyPat
     assert re.match(r"Bound by the input: read takes \d+% of its time: the disk", report.findings[0].sentence)
 
 
-def test_time_between_the_parts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_between_the_parts_is_found(monkeypatch: pytest.MonkeyPatch, clock: VirtualClock) -> None:
     original = loop.Loop.learning_rate
 
     def slow_learning_rate(self: loop.Loop, number: int) -> float:
-        time.sleep(0.3)
+        clock.advance(0.3)
         return original(self, number)
 
     monkeypatch.setattr(loop.Loop, "learning_rate", slow_learning_rate)
