@@ -17,7 +17,7 @@ ROOMS = (
     "ssd_fast.files",
     "ssd_fast.tables",
     "ssd_fast.parts",
-    "ssd_fast.config.sections",
+    "ssd_fast.config",
     "ssd_fast.progress",
     "ssd_fast.timing",
     "ssd_fast.hardware",
