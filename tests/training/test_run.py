@@ -208,7 +208,7 @@ def test_a_run_is_not_overwritten(finished: Path, synthetic_set: Path) -> None:
 def test_reaching_the_target_ends_the_run_and_the_mlperf_log_says_so(synthetic_set: Path, tmp_path: Path) -> None:
     outcome = train(tiny_config(("evaluation.target_map=0.0",)), synthetic_set, tmp_path / "run", resume=False)
     assert outcome.reached_target
-    assert (tmp_path / "run" / "checkpoints" / "step_000000008.pt").exists()
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / BEST).step == 8
     assert '"status": "success"' in (tmp_path / "run" / "mlperf.log").read_text()
 
 
