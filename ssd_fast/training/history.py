@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from ssd_fast.files import write_atomically
 from ssd_fast.training.folder import RunFolder
 
@@ -37,6 +35,8 @@ class MetricsWriter:
         kept = _lines_until(self._path, resume_step, scored_epochs)
         write_atomically(self._path, "".join(line + "\n" for line in kept).encode())
         self._file = self._path.open("ab", buffering=0)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and readers of a history do without
+
         self._plots_dir = folder.tensorboard
         self._tensorboard = SummaryWriter(
             str(self._plots_dir), purge_step=0 if resume_step is None else resume_step + 1

@@ -180,7 +180,7 @@ def test_failed_rewrite_leaves_the_earlier_history(tmp_path: Path, monkeypatch: 
 
 
 def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    with mock.patch("ssd_fast.training.history.SummaryWriter"):
+    with mock.patch("torch.utils.tensorboard.SummaryWriter"):
         writer = MetricsWriter(RunFolder(tmp_path), resume_step=None, scored_epochs=())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a file may not grow past 100 bytes
