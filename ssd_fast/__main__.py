@@ -79,7 +79,12 @@ def evaluate(
     with_timing: Annotated[bool, typer.Option("--timing", help="Also print where the time went.")] = False,
     target: Annotated[
         float | None,
-        typer.Option(min=-1, max=1, help="COCO mAP to reach; a lower one gives exit status 3.", show_default=False),
+        typer.Option(
+            min=-1,
+            max=1,
+            help=f"COCO mAP to reach; a lower one gives exit status {exit_status.NOT_REACHED}.",
+            show_default=False,
+        ),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -202,7 +207,7 @@ def profile(
         raise ValueError("--compare: expected one earlier profile with --config, or two without")
     if config is not None and data is None and stage is not Stage.STEP:
         raise ValueError(f"--stage {stage}: expected --data; --stage step needs none")
-    _make_folder(output)
+    _check_folder(output)
     recipe = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress
@@ -246,7 +251,7 @@ def operators(
 ) -> None:
     """Time the operators beside their plain versions and beside what one would use in their place."""
     recipes = [load_config(path, overrides or ()) for path in config]
-    _make_folder(output)
+    _check_folder(output)
 
     from ssd_fast import progress
     from ssd_fast.profiling.operators import format_operators, profile_operators, write_operators
@@ -258,11 +263,10 @@ def operators(
         write_operators(output, measured)
 
 
-def _make_folder(output: Path | None) -> None:
-    if output is not None and not output.parent.is_dir():
+def _check_folder(output: Path | None) -> None:
+    """Whether results can be written there, before the work of making them; the folder is made with them."""
+    if output is not None and not (output.is_dir() or (output.parent.is_dir() and not output.exists())):
         raise ValueError(f"--output {output}: expected a folder, or a new one in a folder that exists")
-    if output is not None:
-        output.mkdir(exist_ok=True)
 
 
 @app.command()

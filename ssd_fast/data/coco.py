@@ -120,7 +120,7 @@ def _unique_image_ids(instances: Instances, annotation_file: Path) -> np.ndarray
     for number, image in enumerate(instances.images):
         for key in ("file_name", "width", "height"):
             if not getattr(image, key):
-                raise DataError(f"{annotation_file}: images[{number}].{key} is missing: expected a value")
+                raise DataError(f"{annotation_file}: images[{number}].{key} is missing, empty or 0: expected a value")
     image_ids = np.array([image.id for image in instances.images], dtype=np.int64)
     unique, counts = np.unique(image_ids, return_counts=True)
     if len(unique) != len(image_ids):

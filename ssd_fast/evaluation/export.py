@@ -95,7 +95,8 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"{' and '.join(missing)} not installed: expected after pip install 'ssd_fast[export]'")
+        names = " and ".join(missing)
+        raise ExportError(f"{names} not installed: expected after pip install '.[export]' in the project's folder")
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     if with_decode:

@@ -242,7 +242,7 @@ def _abandon(error: BaseException) -> NoReturn:
 
 def _import_loadgen() -> ModuleType:
     if importlib.util.find_spec("mlperf_loadgen") is None:
-        raise ValueError("MLPerf LoadGen is not installed: pip install 'ssd_fast[loadgen]'")
+        raise ValueError("MLPerf LoadGen is not installed: pip install '.[loadgen]' in the project's folder")
     import mlperf_loadgen
 
     return mlperf_loadgen

@@ -92,6 +92,7 @@ class OperatorProfile(NamedTuple):
 
 def write_operators(folder: Path, measured: OperatorProfile) -> None:
     """Write everything that was measured, all samples included, to operators.json in a folder."""
+    folder.mkdir(exist_ok=True)
     rows = [row._asdict() | {"times": row.times and row.times._asdict()} for row in measured.rows]
     content = json.dumps({"environment": measured.environment._asdict(), "rows": rows}, indent=1)
     write_atomically(folder / "operators.json", content.encode())

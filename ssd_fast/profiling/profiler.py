@@ -136,6 +136,7 @@ def write_files(folder: Path, measured: Measured, before: Profile | None = None)
 
     before: an earlier profile, for report.html to compare with.
     """
+    folder.mkdir(exist_ok=True)
     if measured.trace:
         write_atomically(folder / f"trace_rank{measured.rank}.json.gz", measured.trace)
     if measured.rank == 0:

@@ -192,7 +192,7 @@ class Run:
             if done.window:
                 self._report_window(done.window)
             self.stopped_by = done.agreed.stop_signal
-            if done.agreed.scored_epoch == self.validation.pending_epoch:
+            if 0 < done.agreed.scored_epoch == self.validation.pending_epoch:
                 self._take_score()
             if self.stopped_by or (every_steps and loop.step % every_steps == 0):
                 self._save()

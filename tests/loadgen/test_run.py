@@ -150,4 +150,4 @@ def test_without_loadgen_it_says_how_to_install_it(run: Run, monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, err = run("--config", DEMO, "--scenario", "Offline", "--output", tmp_path, *sets())
     assert status == 1
-    assert "pip install 'ssd_fast[loadgen]'" in err.splitlines()[-1]
+    assert "pip install '.[loadgen]'" in err.splitlines()[-1]

@@ -101,6 +101,14 @@ def test_what_does_not_go_together_is_refused(arguments: list[str], expected: st
         raise result.exception  # type: ignore[misc]
 
 
+def test_a_refused_profile_leaves_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "profile"
+    for verb in ("profile", "operators"):
+        result = CliRunner().invoke(app, [verb, "--config", "nowhere.toml", "--data", ".", "--output", str(folder)])
+        assert result.exit_code
+    assert not folder.exists()
+
+
 def test_operations_are_those_of_the_recipe() -> None:
     config = load_config(REPOSITORY / "configs" / "ssd300.toml", ["training.batch_size=1"])
     detector = make_random_detector(config, NUMBERED_CATEGORIES, torch.device("cpu"))
