@@ -44,6 +44,9 @@ class HorovodWorld(World):
             if not self._hvd.nccl_built():
                 raise ValueError("this Horovod was built without NCCL, which GPUs need: make horovod, with CUDA")
             torch.cuda.set_device(device)
+        elif self.cores == 1:
+            # In each cycle, 1 ms by default, a thread of every rank asks the others for gradients that are ready.
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", "10")
         if not self.is_main:
             logging.disable(logging.WARNING)  # all ranks would log the same; an error still ends each with its message
         if not launch.has_thread_count:

@@ -33,7 +33,6 @@ from ssd_fast.training.records import Records
 from ssd_fast.training.scores import Scores, read_scores
 from ssd_fast.training.signals import StopRequest
 from ssd_fast.training.step import TrainStep
-from ssd_fast.training.summary import draw_summary
 from ssd_fast.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -173,6 +172,8 @@ class Run:
             reason = f"signal {outcome.stopped_by}, step {self.loop.step}\n"
             write_atomically(self.folder.interrupted, reason.encode())
         elif self.world.is_main:
+            from ssd_fast.training.summary import draw_summary  # matplotlib, which the other ranks do without
+
             draw_summary(self.folder, self.sets.val, self.sets.train.categories, scores)
         return outcome
 

@@ -21,7 +21,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as rendezvous_server:
         assert rendezvous_server.stdout is not None
         port = int(rendezvous_server.stdout.readline())
-        with started(2, [*WORKER, "cases", str(folder)], slurm_environment, port) as job:
+        with started(2, [WORKER, "cases", str(folder)], slurm_environment, port) as job:
             for ended in job.end_of():
                 assert ended.status == 0, ended.errors
     assert rendezvous_server.returncode == 0  # it has ended with its standard input
@@ -118,3 +118,10 @@ def test_what_ranks_tell_each_other_arrives(cases: list[Any]) -> None:
     assert [result["collectives"]["broadcast"] for result in cases] == ["from 0", "from 0"]
     for result in cases:  # what is read at a step was said at the one before
         assert result["collectives"]["agreed"] == [(0, 0), (0, 0), (1, 1), (0, 2)]
+
+
+@needs_horovod
+def test_a_rank_with_one_core_leaves_it_to_the_training(cases: list[Any]) -> None:
+    for result in cases:
+        cores, cycle_ms = result["collectives"]["cycle"]
+        assert cycle_ms == ("10" if cores == 1 else None)

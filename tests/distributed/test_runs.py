@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ def run_ranks(
 ) -> list[Ended]:
     """Train as two ranks or more; act: rank, step, and what that rank does in that step."""
     place = [str(data), str(output), "resume" if resume else "new", *map(str, act)]
-    return run_job(size, *WORKER, "run", *place, *overrides)
+    return run_job(size, WORKER, "run", *place, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +109,16 @@ def test_training_goes_on_while_a_score_is_computed_which_then_stops_all_ranks(
 def test_evaluation_by_two_and_three_ranks_gives_the_bits_of_one(
     finished: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "ssd_fast", "evaluate"]
+    command = ["-m", "ssd_fast", "evaluate"]
     command += ["--checkpoint", str(finished / "checkpoints" / BEST), "--data", str(synthetic_set)]
     command += ["--set", "evaluation.batch_size=4", "--set", "detection.score_threshold=0.01"]
-    alone = subprocess.run([*command, "--output", str(tmp_path / "1.json")], capture_output=True, text=True, check=True)
-    assert alone.stdout.count("Average") == 12
+    alone = run_job(1, *command, "--output", str(tmp_path / "1.json"))[0]
+    assert alone.output.count("Average") == 12
     assert len(json.loads((tmp_path / "1.json").read_text())) > 100
     for size in (2, 3):
         ranks = run_job(size, *command, "--output", str(tmp_path / f"{size}.json"))
         assert [ended.status for ended in ranks] == [0] * size, ranks[0].errors
-        assert [ended.output for ended in ranks] == [alone.stdout, *[""] * (size - 1)]
+        assert [ended.output for ended in ranks] == [alone.output, *[""] * (size - 1)]
         assert (tmp_path / f"{size}.json").read_bytes() == (tmp_path / "1.json").read_bytes()
 
 

@@ -1,7 +1,6 @@
 """Every way in which a rank may fail ends the others, and one of them names it."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,8 +43,8 @@ def test_a_lost_or_hung_rank_is_named_and_ends_the_others_in_time(tmp_path: Path
     def failing(stack: ExitStack, size: int, how: str) -> Job:
         port = stack.enter_context(rendezvous())
         (tmp_path / how).mkdir()
-        command = [sys.executable, "-c", FAIL, how, str(tmp_path / how)]
-        return stack.enter_context(started(size, command, horovodrun_environment, port))
+        arguments = ["-c", FAIL, how, str(tmp_path / how)]
+        return stack.enter_context(started(size, arguments, horovodrun_environment, port))
 
     with ExitStack() as stack:
         stopped, asleep, raised = (failing(stack, *job) for job in ((3, "stop"), (2, "sleep"), (2, "raise")))

@@ -1,12 +1,11 @@
 """Reading a Horovod timeline."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from horovod_events import write_timeline
+from ranks import needs_horovod, run_job
 
 from ssd_fast.profiling.horovod_timeline import measure, read_timeline
 
@@ -54,28 +53,33 @@ def test_what_is_no_timeline_of_training_is_refused(tmp_path: Path, content: str
         read_timeline(path)
 
 
-@pytest.mark.parametrize("groups", [None, 2])
-def test_a_timeline_written_by_horovod_is_read(tmp_path: Path, groups: int | None) -> None:
-    pytest.importorskip("horovod", reason="make horovod")
-    (tmp_path / "ranks.py").write_text(
-        "import time, horovod.torch as hvd, torch\n"
-        "hvd.init()\n"
-        "model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3))\n"
-        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
-        "names = model.named_parameters()\n"
-        f"optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=names, groups={groups})\n"
-        "for _ in range(40):\n"
-        "    model(torch.ones(2, 50)).sum().backward()\n"
-        "    optimizer.step()\n"
-        "    optimizer.zero_grad()\n"
-        "    time.sleep(0.05)\n"  # at its end Horovod drops what its writer has not come to
+TRAINING = """
+import os, sys, time
+os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
+import horovod.torch as hvd, torch
+hvd.init()
+for number, groups in enumerate((None, 2)):
+    hvd.start_timeline(f"{sys.argv[1]}/{number}.json", mark_cycles=True)
+    model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(), groups=groups
     )
-    path = tmp_path / "timeline.json"
-    horovodrun = Path(sys.executable).with_name("horovodrun")
-    command = [horovodrun, "-np", "2", "--gloo", "--timeline-filename", path, sys.executable, tmp_path / "ranks.py"]
-    subprocess.run([*map(str, command)], check=True, capture_output=True, timeout=120)
-    steps = read_timeline(path)
-    assert 5 <= len(steps) <= 39  # of 39 after the first
-    for step in steps:
-        assert sorted(transfer.bytes for transfer in step) == [4 * 3, 4 * 40, 4 * 120, 4 * 2000]
-        assert all(t.ready_s <= t.agreed_s <= t.start_s <= t.end_s for t in step)
+    for _ in range(40):
+        model(torch.ones(2, 50)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        time.sleep(0.05)  # at its end Horovod drops what its writer has not come to
+    hvd.stop_timeline()
+"""
+
+
+@needs_horovod
+def test_a_timeline_written_by_horovod_is_read(tmp_path: Path) -> None:
+    ranks = run_job(2, "-c", TRAINING, str(tmp_path))
+    assert [ended.status for ended in ranks] == [0, 0], ranks
+    for name in ("0.json", "1.json"):  # gradients one by one, and in groups
+        steps = read_timeline(tmp_path / name)
+        assert 5 <= len(steps) <= 39  # of 39 after the first
+        for step in steps:
+            assert sorted(transfer.bytes for transfer in step) == [4 * 3, 4 * 40, 4 * 120, 4 * 2000]
+            assert all(t.ready_s <= t.agreed_s <= t.start_s <= t.end_s for t in step)

@@ -113,6 +113,7 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     "collectives": lambda world: {
         "gathered": world.gather({"rank": world.rank, "ballast": b"x" * 1000 * world.rank}),
         "broadcast": world.broadcast(f"from {world.rank}"),
+        "cycle": (world.cores, os.environ.get("HOROVOD_CYCLE_TIME")),
         "agreed": [world.agree(world.rank * (step == 1), step) for step in range(4)],
     },
 }

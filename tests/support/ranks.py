@@ -1,12 +1,19 @@
-"""Ranks as processes of a test, started as a launcher starts them, of which the end of each can be seen."""
+"""Ranks as processes of a test, with the environment that a launcher gives them; the end of each can be seen.
 
+They are forks of a server that has imported what a rank needs: importing takes each rank longer than a test's training.
+"""
+
+import atexit
 import importlib.util
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +26,10 @@ Environment = Callable[[int, int, int], dict[str, str]]
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="Horovod is not installed (make horovod)"
 )
-WORKER = (sys.executable, str(REPOSITORY / "tests" / "support" / "distributed_worker.py"))
+WORKER = str(REPOSITORY / "tests" / "support" / "distributed_worker.py")
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["horovod.torch", "ssd_fast.training.run", "ssd_fast.evaluation.evaluate"])
+_LONGEST_S = 300
 
 
 class Ended(NamedTuple):
@@ -35,19 +45,55 @@ class Ended(NamedTuple):
         return [line for line in self.errors.splitlines() if line.startswith("error: ")]
 
 
+class Rank:
+    """A rank that runs `python ARGUMENTS…`: `-m MODULE …`, `-c CODE …` or `SCRIPT …`."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+        """folder: an empty one for what the rank prints."""
+        self._streams = folder / "stdout", folder / "stderr"
+        self.process = _FORKS.Process(target=_run, args=(list(arguments), dict(environment), self._streams))
+        self.process.start()
+
+    def end(self) -> Ended:
+        """Wait for the end of the process, and return it."""
+        self.process.join(_LONGEST_S)
+        status = self.process.exitcode
+        assert status is not None, f"a rank has not ended within {_LONGEST_S} s"
+        output, errors = (stream.read_text() for stream in self._streams)
+        return Ended(status, output, errors, time.time())
+
+
+def _run(arguments: list[str], environment: dict[str, str], streams: tuple[Path, Path]) -> None:
+    """Be a Python process with these arguments."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    kind, *rest = arguments
+    try:
+        match kind:
+            case "-m":
+                sys.argv = rest
+                runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+            case "-c":
+                sys.argv = ["-c", *rest[1:]]
+                exec(rest[0], {"__name__": "__main__"})
+            case _:
+                sys.argv = arguments
+                runpy.run_path(kind, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without
+
+
 class Job:
     """Ranks that have been started."""
 
-    def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
-        self._processes = processes
+    def __init__(self, ranks: list[Rank]) -> None:
+        self._ranks = ranks
 
     def end_of(self, ranks: Sequence[int] | None = None) -> list[Ended]:
         """Wait for some ranks, or for all, and return how they ended."""
-        ended = []
-        for process in self._processes if ranks is None else [self._processes[rank] for rank in ranks]:
-            output, errors = process.communicate(timeout=300)
-            ended.append(Ended(process.returncode, output, errors, time.time()))
-        return ended
+        return [rank.end() for rank in (self._ranks if ranks is None else [self._ranks[number] for number in ranks])]
 
 
 def slurm_environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -80,27 +126,24 @@ def rendezvous() -> Iterator[int]:
 
 
 @contextmanager
-def started(size: int, command: Sequence[str], environment: Environment, port: int) -> Iterator[Job]:
-    """A job of so many ranks; none of them outlives the context."""
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "HOROVOD_GLOO_IFACE": "lo", **environment(rank, size, port)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        yield Job(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+def started(size: int, arguments: Sequence[str], environment: Environment, port: int) -> Iterator[Job]:
+    """A job of so many ranks; none of them outlives the context. arguments: of Python."""
+    common = {**os.environ, "HOROVOD_GLOO_IFACE": "lo"}
+    ranks: list[Rank] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for number in range(size):
+                place = Path(folder, str(number))
+                place.mkdir()
+                ranks.append(Rank(arguments, common | environment(number, size, port), place))
+            yield Job(ranks)
+        finally:
+            for rank in ranks:
+                rank.process.kill()
+                rank.process.join()
 
 
-def run_job(size: int, *command: str) -> list[Ended]:
-    """Run a command as so many ranks, and return how they ended."""
-    with rendezvous() as port, started(size, command, horovodrun_environment, port) as job:
+def run_job(size: int, *arguments: str) -> list[Ended]:
+    """Run Python with these arguments as so many ranks, and return how they ended."""
+    with rendezvous() as port, started(size, arguments, horovodrun_environment, port) as job:
         return job.end_of()
