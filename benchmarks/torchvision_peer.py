@@ -36,7 +36,8 @@ from torchvision_training import (
 from dali_pipelines.synthetic import SyntheticTrainLoader
 from ssd_fast.config.recipe import load_config
 from ssd_fast.config.sections import Config
-from ssd_fast.data.loaders import load_sets, make_train_loader
+from ssd_fast.data.loaders import make_train_loader
+from ssd_fast.data.sets import load_sets
 from ssd_fast.distributed.slurm import launched_by_slurm
 from ssd_fast.distributed.world import World
 from ssd_fast.files import write_atomically
@@ -78,7 +79,7 @@ class Row(NamedTuple):
 def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator[dict[str, Side]]:
     """Set up our side and the peer's, by name; tear both down at the end."""
     batch_size, seed = config.training.batch_size, config.training.seed
-    coco_set, _ = load_sets(config, data_dir)
+    coco_set, _ = load_sets(config, data_dir, World())
     dataset = PeerDataset(coco_set.images, config.augmentation, config.model.image_size)
     num_workers = usable_cores()
     # The peer comes first: its workers are forks, which must be made before DALI and the operators start threads.

@@ -70,9 +70,14 @@ def train(recipe: str | Path | Config, data: str | Path, output: str | Path, *, 
     Raises ValueError for a recipe, data or a checkpoint that cannot be used, FloatingPointError when the loss stays
     not finite, and OSError.
     """
+    from ssd_fast.data.sets import start_reading
+
+    config = _config(recipe)
+    reading = start_reading(config, Path(data))  # while torch is imported
+
     from ssd_fast.training import run
 
-    return run.train(_config(recipe), Path(data), Path(output), resume=resume)
+    return run.train(config, Path(data), Path(output), resume=resume, reading=reading)
 
 
 def evaluate(

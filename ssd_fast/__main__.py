@@ -51,10 +51,14 @@ def train(
     """Train a detector. Checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
+    from ssd_fast.data.sets import start_reading
     from ssd_fast.distributed import slurm
+
+    reading = start_reading(recipe, data)  # while torch is imported
+
     from ssd_fast.training.run import train as train_run
 
-    outcome = train_run(recipe, data, output, resume=resume)
+    outcome = train_run(recipe, data, output, resume=resume, reading=reading)
     if outcome.stopped_by:
         raise typer.Exit(0 if slurm.launched_by_slurm() else exit_status.SIGNALLED + outcome.stopped_by)
     if not outcome.is_main:

@@ -14,6 +14,7 @@ ROOMS = (
     "kernels",
     "dali_pipelines",
     "ssd_fast.exit_status",
+    "ssd_fast.background",
     "ssd_fast.files",
     "ssd_fast.tables",
     "ssd_fast.parts",

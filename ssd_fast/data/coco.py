@@ -4,19 +4,27 @@ Every problem of annotations or images is found here, before a pipeline is built
 boxes inside their images, known labels and decodable files.
 """
 
+from __future__ import annotations
+
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dali_pipelines.batch import LabelledImages
+from ssd_fast.data import cache
 from ssd_fast.data.annotations import Category, Instances, read_instances, select_categories
 from ssd_fast.data.boxes import xywh_to_ltrb
-from ssd_fast.data.images import inspect_images
+from ssd_fast.data.inspection import inspect_images
 from ssd_fast.data.policy import DataError, Policy, apply_policy
 
+if TYPE_CHECKING:  # a process that only reads annotations starts without torch
+    from ssd_fast.distributed.world import World
+
 SMALLEST_SIDE = 0.1  # pixels: narrower boxes have no area (COCO itself holds a few)
+_LARGE_BYTES = 16 * 2**20  # of an annotation file: smaller ones are read within a second
 
 
 class CocoSet(NamedTuple):
@@ -46,6 +54,20 @@ class CocoSet(NamedTuple):
         return f"{self.annotation_file}: " + "; ".join([counts, *left_out])
 
 
+class ReadSet(NamedTuple):
+    """A data set whose images have not been looked at.
+
+    annotation_file, categories: as in CocoSet.
+    images: all images, with their usable boxes.
+    bad_boxes: a text for each box that cannot be used.
+    """
+
+    annotation_file: Path
+    categories: tuple[Category, ...]
+    images: LabelledImages
+    bad_boxes: tuple[str, ...]
+
+
 class _GroundTruths(NamedTuple):
     """T boxes. owners: [T] int64, positions of their images. labels: [T] int64, from 1. boxes_ltrb: [T, 4], pixels."""
 
@@ -63,16 +85,96 @@ def load_coco(
     only_annotated: bool = False,
     bad_images: Policy = "error",
     bad_boxes: Policy = "skip",
+    world: World | None = None,
 ) -> CocoSet:
     """The images and boxes of a COCO instances file, checked.
 
-    annotation_file: COCO instances JSON. image_dir: folder of its images.
+    Arguments: those of read_set and of check_images.
+    """
+    found = read_set(
+        annotation_file, image_dir, classes=classes, with_crowds=with_crowds, only_annotated=only_annotated
+    )
+    return check_images(found, bad_images=bad_images, bad_boxes=bad_boxes, world=world)
+
+
+def read_set(
+    annotation_file: Path,
+    image_dir: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    with_crowds: bool = False,
+    only_annotated: bool = False,
+) -> ReadSet:
+    """A COCO instances file, read and checked; what was found in a large one is kept for the next time.
+
+    annotation_file: COCO instances JSON. image_dir: folder of its images, none of which is opened.
     classes: category names in label order; None takes all categories, in the order of their ids.
     with_crowds: use boxes with iscrowd = 1 as ground truths.
     only_annotated: leave out images without any annotation, as the MLPerf reference does.
-    bad_images, bad_boxes: "error" raises at the first; "skip" leaves them out and logs how many and which.
     Raises DataError for a missing or malformed file, ids that repeat or refer to nothing, and an empty set.
     """
+    is_large = annotation_file.is_file() and annotation_file.stat().st_size >= _LARGE_BYTES
+    if not is_large:
+        return _read(annotation_file, image_dir, classes, with_crowds, only_annotated)
+    name = cache.entry_name("set", annotation_file.absolute(), classes, with_crowds, only_annotated)
+    status = annotation_file.stat()
+    facts = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    entry = cache.load_entry(name)
+    if entry and (facts.items() <= entry.facts.items() or entry.facts["sha256"] == _digest(annotation_file)):
+        return _unpacked(entry, annotation_file, image_dir)
+    found = _read(annotation_file, image_dir, classes, with_crowds, only_annotated)
+    if len(found.bad_boxes) <= _MOST_KEPT_TEXTS:
+        texts = {"categories": found.categories, "bad_boxes": found.bad_boxes, "file_names": found.images.file_names}
+        arrays = {key: getattr(found.images, key) for key in _ARRAYS}
+        cache.store_entry(name, facts | texts | {"sha256": _digest(annotation_file)}, arrays)
+    return found
+
+
+_ARRAYS = ("image_ids", "sizes_hw", "boxes_ltrb", "labels", "offsets")
+_MOST_KEPT_TEXTS = 10_000
+
+
+def _unpacked(entry: cache.Entry, annotation_file: Path, image_dir: Path) -> ReadSet:
+    facts, arrays = entry
+    images = LabelledImages(image_dir=image_dir, file_names=tuple(facts["file_names"]), **arrays)
+    categories = tuple(Category(*category) for category in facts["categories"])
+    return ReadSet(annotation_file, categories, images, tuple(facts["bad_boxes"]))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_images(
+    found: ReadSet, *, bad_images: Policy = "error", bad_boxes: Policy = "skip", world: World | None = None
+) -> CocoSet:
+    """A set whose images have been looked at, by all ranks together.
+
+    bad_images, bad_boxes: "error" raises at the first; "skip" leaves them out and logs how many and which.
+    world: of the ranks that call this with the same set; None for this process alone.
+    Raises DataError under "error", and if no image is left.
+    """
+    apply_policy(found.bad_boxes, bad_boxes, "boxes", "bad_boxes")
+    problems = inspect_images(found.images, world)
+    apply_policy(list(problems.values()), bad_images, "images", "bad_images")
+    num_images = len(found.images.file_names)
+    if len(problems) == num_images:
+        raise DataError(f"{found.annotation_file}: none of its {num_images} images can be used")
+    keep = np.ones(num_images, dtype=bool)
+    keep[list(problems)] = False
+    return CocoSet(
+        annotation_file=found.annotation_file,
+        categories=found.categories,
+        images=_select(found.images, keep) if problems else found.images,
+        num_left_out_images=len(problems),
+        num_left_out_boxes=len(found.bad_boxes),
+    )
+
+
+def _read(
+    annotation_file: Path, image_dir: Path, classes: Sequence[str] | None, with_crowds: bool, only_annotated: bool
+) -> ReadSet:
     instances = read_instances(annotation_file)
     if only_annotated:
         annotated = {annotation.image_id for annotation in instances.annotations}
@@ -82,35 +184,25 @@ def load_coco(
     sizes_hw = np.array([(image.height, image.width) for image in instances.images], dtype=np.int32)
     truths = _ground_truths(instances, image_ids, categories, with_crowds, annotation_file)
     boxes, usable = _clip_boxes(truths.boxes_ltrb, sizes_hw[truths.owners])
-    bad_box_texts = [
+    bad_boxes = tuple(
         f"{annotation_file}: image {image_ids[truths.owners[row]]}: box {_box_text(boxes[row])} (left, top, right, "
         f"bottom) has no area inside its image of {sizes_hw[truths.owners[row], 1]} x "
         f"{sizes_hw[truths.owners[row], 0]} pixels"
         for row in np.flatnonzero(~usable)
-    ]
-    apply_policy(bad_box_texts, bad_boxes, "boxes", "bad_boxes")
-
-    problems = inspect_images([image_dir / image.file_name for image in instances.images], sizes_hw)
-    apply_policy([problem for problem in problems if problem], bad_images, "images", "bad_images")
-    keep = np.array([problem is None for problem in problems], dtype=bool)
-    if not keep.any():
-        raise DataError(f"{annotation_file}: none of its {len(keep)} images can be used")
-    everything = LabelledImages(
+    )
+    owners = truths.owners[usable]
+    order = np.argsort(owners, kind="stable")
+    counts = np.bincount(owners, minlength=len(image_ids))
+    images = LabelledImages(
         image_dir=image_dir,
         file_names=tuple(image.file_name for image in instances.images),
         image_ids=image_ids,
         sizes_hw=sizes_hw,
-        boxes_ltrb=boxes,
-        labels=truths.labels,
-        offsets=np.zeros(0, np.int64),
+        boxes_ltrb=boxes[usable][order].astype(np.float32),
+        labels=truths.labels[usable][order].astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
-    return CocoSet(
-        annotation_file=annotation_file,
-        categories=categories,
-        images=_select(everything, keep, truths.owners, usable),
-        num_left_out_images=int(np.count_nonzero(~keep)),
-        num_left_out_boxes=len(bad_box_texts),
-    )
+    return ReadSet(annotation_file, categories, images, bad_boxes)
 
 
 def _unique_image_ids(instances: Instances, annotation_file: Path) -> np.ndarray:
@@ -171,23 +263,18 @@ def _clip_boxes(boxes_ltrb: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarra
     return np.where(usable[:, None], clipped, boxes_ltrb), usable
 
 
-def _select(images: LabelledImages, keep: np.ndarray, owners: np.ndarray, usable: np.ndarray) -> LabelledImages:
-    """The images of a mask keep [N], with their usable boxes in the order of the images.
-
-    owners: [T], positions of the images of the boxes. usable: [T], a mask of the boxes.
-    """
-    usable = usable & keep[owners]
-    owners = (np.cumsum(keep) - 1)[owners[usable]]
-    order = np.argsort(owners, kind="stable")
-    counts = np.bincount(owners, minlength=int(keep.sum()))
+def _select(images: LabelledImages, keep: np.ndarray) -> LabelledImages:
+    """The images of a mask [N], with their boxes."""
+    counts = np.diff(images.offsets)
+    boxes = np.repeat(keep, counts)
     return LabelledImages(
         image_dir=images.image_dir,
         file_names=tuple(name for name, kept in zip(images.file_names, keep, strict=True) if kept),
         image_ids=images.image_ids[keep],
         sizes_hw=images.sizes_hw[keep],
-        boxes_ltrb=images.boxes_ltrb[usable][order].astype(np.float32),
-        labels=images.labels[usable][order].astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_ltrb=images.boxes_ltrb[boxes],
+        labels=images.labels[boxes],
+        offsets=np.concatenate([[0], np.cumsum(counts[keep])]).astype(np.int64),
     )
 
 

@@ -36,25 +36,20 @@ class _Header(NamedTuple):
         return self.orientation >= _FIRST_TRANSPOSED
 
 
-def inspect_images(paths: Sequence[Path], sizes_hw: np.ndarray) -> list[str | None]:
-    """The problem of each image [N], a text that names the file and what was expected, or None.
+def image_problem(path: Path, height: int, width: int) -> str | None:
+    """What is wrong with an image that should have this size, a text that names the file; None for a good one.
 
-    sizes_hw: [N, 2] pixels, as the annotations say. Reads the header and the end of a file, and decodes only in doubt.
+    height, width: pixels, as the annotations say. Reads the header and the end of a file, and decodes only in doubt.
     """
-
-    def inspect(item: tuple[Path, np.ndarray]) -> str | None:
-        path, (height, width) = item
-        try:
-            found = _read_header(path)
-        except DataError as error:
-            return str(error)
-        if (found.height, found.width) != (height, width):
-            rotated = " (its EXIF tag rotates it; boxes must refer to the stored pixels)" if found.is_transposed else ""
-            size = f"{found.width} x {found.height} pixels{rotated}"
-            return f"{path}: is {size}: expected {width} x {height}, as its annotations say"
+    try:
+        found = _read_header(path)
+    except DataError as error:
+        return str(error)
+    if (found.height, found.width) == (height, width):
         return None
-
-    return _in_threads(inspect, list(zip(paths, sizes_hw, strict=True)))
+    rotated = " (its EXIF tag rotates it; boxes must refer to the stored pixels)" if found.is_transposed else ""
+    size = f"{found.width} x {found.height} pixels{rotated}"
+    return f"{path}: is {size}: expected {width} x {height}, as its annotations say"
 
 
 def find_images(paths: Iterable[Path], *, bad_images: Policy | None) -> LabelledImages:

@@ -1,8 +1,7 @@
-"""The data sets of a recipe, and the loaders of batches for training and evaluation."""
+"""The loaders of batches for training and evaluation."""
 
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,40 +13,10 @@ from dali_pipelines.train import Encode, TrainLoader
 from kernels.boxes import cxcywh_to_ltrb
 from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
 from ssd_fast.config.sections import Config
-from ssd_fast.data.coco import CocoSet, load_coco
-from ssd_fast.data.policy import DataError
+from ssd_fast.data.coco import CocoSet
 from ssd_fast.distributed.world import World
 from ssd_fast.hardware import input_threads
 from ssd_fast.model.anchors import reference_order
-
-
-class TrainAndVal(NamedTuple):
-    """The two sets of a recipe."""
-
-    train: CocoSet
-    val: CocoSet
-
-
-def load_sets(config: Config, data_dir: Path) -> TrainAndVal:
-    """The training and the validation set. Raises DataError when one cannot be used."""
-    data = config.data
-    train_set = load_coco(
-        data_dir / data.train_annotations,
-        data_dir / data.train_images,
-        classes=data.classes,
-        with_crowds=data.train_on_crowds,
-        bad_images=data.bad_images,
-        bad_boxes=data.bad_boxes,
-    )
-    val_set = load_coco(
-        data_dir / data.val_annotations,
-        data_dir / data.val_images,
-        bad_images=data.bad_images,
-        bad_boxes=data.bad_boxes,
-    )
-    if len(train_set.images.boxes_ltrb) == 0:
-        raise DataError(f"{train_set.annotation_file}: no image has a box to learn from")
-    return TrainAndVal(train_set, val_set)
 
 
 def make_train_loader(

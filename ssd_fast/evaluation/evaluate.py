@@ -70,6 +70,7 @@ def evaluate(
             only_annotated=only_annotated,
             bad_images=config.data.bad_images,
             bad_boxes=config.data.bad_boxes,
+            world=world,
         )
         loader = make_eval_loader(config, val_set.images, device, world=world)
         timeline = timing.Timeline(device, start_s)

@@ -17,7 +17,8 @@ import torch
 from ssd_fast import hardware
 from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES, Category
-from ssd_fast.data.loaders import load_sets, make_train_loader
+from ssd_fast.data.loaders import make_train_loader
+from ssd_fast.data.sets import load_sets
 from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector, load_detector, make_random_detector
@@ -90,7 +91,7 @@ def _profile(
     checkpoint: Path | None,
 ) -> Measured:
     device, clock = world.device(), Stopwatch(world)
-    sets = load_sets(config, data) if data else None
+    sets = load_sets(config, data, world) if data else None
     detector = _make_detector(config, checkpoint, sets.train.categories if sets else NUMBERED_CATEGORIES, device)
     batches = None
     if sets and {INPUT_ALONE, BOTH} & set(stages):

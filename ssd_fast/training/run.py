@@ -18,7 +18,8 @@ from ssd_fast.checkpoints.checkpoint import (
 from ssd_fast.checkpoints.weights import load_backbone_weights, load_for_finetuning
 from ssd_fast.config.recipe import dump_toml
 from ssd_fast.config.sections import Config
-from ssd_fast.data.loaders import TrainAndVal, load_sets, make_eval_loader, make_train_loader
+from ssd_fast.data.loaders import make_eval_loader, make_train_loader
+from ssd_fast.data.sets import Reading, TrainAndVal, load_sets
 from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector
@@ -68,12 +69,13 @@ class _RankState(NamedTuple):
     weights_digest: str
 
 
-def train(config: Config, data_dir: Path, output: Path, *, resume: bool) -> Outcome:
+def train(config: Config, data_dir: Path, output: Path, *, resume: bool, reading: Reading | None = None) -> Outcome:
     """Train as a configuration says; everything about the run goes to a folder.
 
     data_dir: in the layout that the recipe names, by default COCO's.
     output: made if missing. With `resume`, the run in it continues from its newest readable checkpoint, exactly as if
     it had not been interrupted; without a checkpoint it begins.
+    reading: of the data, where it has been started.
     Every rank of a parallel launch calls this function; only rank 0 reads and writes the folder.
     Raises ValueError (configuration, data, checkpoint), FloatingPointError (loss) and OSError.
     """
@@ -91,7 +93,7 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool) -> Outc
                     f"{output}: a run of {len(checkpoint.loader)} processes: expected as many to resume it, "
                     f"not {world.size}"
                 )
-        sets = load_sets(config, data_dir)
+        sets = load_sets(config, data_dir, world, reading)
         if world.is_main:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             setup_logging(folder.log)

@@ -5,12 +5,13 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from dali_pipelines.evaluate import EvalLoader
+from ssd_fast.background import BackgroundCall
 from ssd_fast.checkpoints.checkpoint import copy_checkpoint
 from ssd_fast.data.coco import CocoSet
 from ssd_fast.distributed.world import World
-from ssd_fast.evaluation.coco_eval import twelve_numbers
+from ssd_fast.evaluation.coco_eval import CocoScores, twelve_numbers
 from ssd_fast.evaluation.detector import Detector
-from ssd_fast.evaluation.scoring import Scoring, ScoringRequest
+from ssd_fast.evaluation.scoring import ScoringRequest, score_and_write
 from ssd_fast.progress import track
 from ssd_fast.training.folder import RunFolder
 from ssd_fast.training.scores import Scores
@@ -56,7 +57,7 @@ class Validation:
         self._folder = folder
         self._epochs = epochs
         self._timeout_s = timeout_s
-        self._scoring: Scoring | None = None  # on rank 0, while an epoch is pending
+        self._scoring: BackgroundCall[CocoScores] | None = None  # on rank 0, while an epoch is pending
         self._start_s = 0.0
 
     def is_due(self, epoch: int) -> bool:
@@ -71,13 +72,15 @@ class Validation:
         table = self._detector.detect_set(batches, self._val_set, self._world)
         self.pending_epoch = epoch
         if self._world.is_main:
-            self._scoring = Scoring(
+            self._scoring = BackgroundCall(
+                "scored an evaluation",
+                score_and_write,
                 ScoringRequest(
                     annotation_file=self._val_set.annotation_file,
                     table=table,
                     category_ids=self._detector.category_ids_in(self._val_set).tolist(),
                     results_file=self._folder.new_detections,
-                )
+                ),
             )
 
     def scored_epoch(self) -> int:

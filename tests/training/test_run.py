@@ -215,8 +215,13 @@ def test_reaching_the_target_ends_the_run_and_the_mlperf_log_says_so(synthetic_s
 def test_a_scoring_process_that_dies_ends_the_run(
     synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(ChildProcessError, match="the process that scored an evaluation ended with status 1"):
+    def no_python() -> None:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    with (
+        during_step(monkeypatch, 1, no_python),
+        pytest.raises(ChildProcessError, match="the process that scored an evaluation ended with status 1"),
+    ):
         train(tiny_config(), synthetic_set, tmp_path / "run", resume=False)
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None

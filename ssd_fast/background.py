@@ -1,0 +1,84 @@
+"""A function that another Python process computes while this one goes on.
+
+That process imports only the function's module, so that one without torch starts within half a second. It serves one
+call, and ends by itself when this process is killed.
+"""
+
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class BackgroundCall(Generic[T]):
+    """A call that is being computed.
+
+    what: names the work in errors, such as "scored an evaluation".
+    function: of a module, by its name; it may raise what the user can correct (ValueError, OSError).
+    arguments: can be pickled.
+    """
+
+    def __init__(self, what: str, function: Callable[..., T], *arguments: Any) -> None:
+        self._what = what
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for this process, which may still want the answer
+        )
+        self._answer = b""
+        request = pickle.dumps((function, arguments))
+        self._thread = threading.Thread(target=self._exchange, args=(request,), daemon=True)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        """Return true once the process has ended, with or without a result."""
+        return not self._thread.is_alive()
+
+    def result(self, timeout_s: float | None = None) -> T:
+        """Wait for the result. Raises the function's error, or ChildProcessError when the process died or hangs."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._process.kill()
+            raise ChildProcessError(f"the process that {self._what} took more than {timeout_s:g} s")
+        if self._process.returncode != 0:
+            raise ChildProcessError(f"the process that {self._what} ended with status {self._process.returncode}")
+        answer = pickle.loads(self._answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _exchange(self, request: bytes) -> None:
+        self._answer, _ = self._process.communicate(request)
+
+
+def _serve() -> None:
+    """Answer the call on standard input with its result, or with an error that the user can correct."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends a step's signals to all of its processes
+    try:
+        function, arguments = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):  # the process that asks has ended
+        return
+    gc.disable()  # collecting takes longer than all the rest where a million annotations are read, and frees nothing
+    answer: Any
+    try:
+        answer = function(*arguments)
+    except (ValueError, OSError) as error:
+        answer = error
+    with suppress(BrokenPipeError):  # it has ended meanwhile
+        sys.stdout.buffer.write(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+        sys.stdout.buffer.flush()
+    os._exit(0)  # freeing what was read takes longer than ending
+
+
+if __name__ == "__main__":
+    _serve()

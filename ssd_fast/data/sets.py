@@ -1,0 +1,78 @@
+"""The training and the validation set of a recipe, which another process reads while this one still starts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ssd_fast.background import BackgroundCall
+from ssd_fast.config.sections import Config, DataConfig
+from ssd_fast.data.coco import CocoSet, ReadSet, check_images, read_set
+from ssd_fast.data.policy import DataError
+from ssd_fast.distributed.slurm import read_launch
+
+if TYPE_CHECKING:
+    from ssd_fast.distributed.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class TrainAndVal(NamedTuple):
+    """The two sets of a recipe."""
+
+    train: CocoSet
+    val: CocoSet
+
+
+class ReadSets(NamedTuple):
+    """The two sets of a recipe, whose images have not been looked at."""
+
+    train: ReadSet
+    val: ReadSet
+
+
+Reading = BackgroundCall[ReadSets]
+
+
+def start_reading(config: Config, data_dir: Path) -> Reading | None:
+    """Begin to read both sets, if this is the first rank, which reads for all. Call it before torch is imported."""
+    launch = read_launch()
+    return None if launch and launch.rank else BackgroundCall("read the annotations", read_sets, config.data, data_dir)
+
+
+def read_sets(data: DataConfig, data_dir: Path) -> ReadSets:
+    """Both sets of the section `data` of a recipe. Raises DataError when one cannot be used."""
+    train = read_set(
+        data_dir / data.train_annotations,
+        data_dir / data.train_images,
+        classes=data.classes,
+        with_crowds=data.train_on_crowds,
+    )
+    return ReadSets(train, read_set(data_dir / data.val_annotations, data_dir / data.val_images))
+
+
+def load_sets(config: Config, data_dir: Path, world: World, reading: Reading | None = None) -> TrainAndVal:
+    """Both sets of a recipe, with their images looked at by all ranks.
+
+    reading: of these sets, where it has been started.
+    Raises DataError when one cannot be used.
+    """
+    found: ReadSets | Exception | None = None
+    if world.is_main:
+        reading = reading or BackgroundCall("read the annotations", read_sets, config.data, data_dir)
+        if not reading.is_done():
+            logger.info("reading %s", data_dir / config.data.train_annotations)
+        try:
+            found = reading.result()
+        except (ValueError, OSError) as error:
+            found = error
+    found = world.broadcast(found)
+    if isinstance(found, Exception):
+        raise found
+    assert found
+    data = config.data
+    train, val = (check_images(one, bad_images=data.bad_images, bad_boxes=data.bad_boxes, world=world) for one in found)
+    if len(train.images.boxes_ltrb) == 0:
+        raise DataError(f"{train.annotation_file}: no image has a box to learn from")
+    return TrainAndVal(train, val)
