@@ -6,7 +6,7 @@ decoder is "mixed" (host and GPU), all later operators run on the GPU, and image
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
