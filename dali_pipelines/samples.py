@@ -60,4 +60,5 @@ def read_samples(source: SampleSource) -> Samples:
         dtype=[types.UINT8, types.FLOAT, types.INT32, types.INT64],
         ndim=[1, 2, 1, 1],
     )
+    # Mapping the files into memory would not save time: the operator copies what it has mapped.
     return Samples(fn.io.file.read(names, dont_use_mmap=True), boxes, labels, positions)

@@ -27,16 +27,15 @@ Takes boxes_ltrb [T, 4] float32, labels [T] int32 and offsets [B + 1] int64: tho
 offsets[b + 1]. Returns deltas [B, A, 4] and labels [B, A] int32. All tensors are on one device.
 """
 
-
 _FORMAT = 2  # of a saved state. 1 was that of DALI's COCO reader, which had an order of its own
 
 
 class TrainLoader:
     """This rank's batches, epoch after epoch. Images without a box are left out.
 
-    TrainingOrder decides which images a batch holds. All ranks give the same number of full batches; a set that does
-    not fill the last one fills it with its first images of the epoch, with other crops and colours. Each rank draws its
-    own augmentation.
+    TrainingOrder decides which images a batch holds. All ranks give the same number of full batches: the last one of an
+    epoch is filled with the epoch's first images, with other crops and colours. A set may be smaller than a batch, or
+    hold fewer images than there are ranks. Each rank draws its own augmentation.
 
     anchors_ltrb: [A, 4] float32, fractions of the image; for DALI's encoder.
     variances: divisors of the deltas of a box's centre and size; for DALI's encoder.
@@ -49,7 +48,7 @@ class TrainLoader:
     state: from `state()` of a loader with equal arguments. This loader continues with the batch that would have
         followed.
     Raises ValueError if the set cannot be trained on, or if the state belongs to another set, seed, batch size, rank,
-    encoder or version of DALI.
+    encoder, version of DALI, or to a version of this program that ordered images otherwise.
     """
 
     steps_per_epoch: int
