@@ -7,22 +7,20 @@ import torch
 from nvidia.dali import fn, math, types
 
 from dali_pipelines.batch import Augmentation
-from dali_pipelines.coco_reader import Samples
 from dali_pipelines.loader import decoder_placement, normalised, resized
+from dali_pipelines.samples import Samples
 
 PIXEL_PARTS = ("read", "crop and decode", "resize", "colour, normalise, flip")
 
 # With "no crop" among seven options one image in 10^66 needs more; without it some boxes may allow no crop at all.
 _MAX_OPTIONS_DRAWN = 1000
-_PAGE_BYTES = 4096
 
 
 class Augmented(NamedTuple):
     """Graph nodes of one augmented batch.
 
-    parts: by name of PIXEL_PARTS, what the images are after it. The last one is the network's input: normalised images
-        [S, S, 3] on the device. The first one is one byte of each page of the files: DALI maps files into memory, so
-        they are read only when their bytes are looked at.
+    parts: by name of PIXEL_PARTS, what the images are after it. The first one is the bytes of the files, the last one
+        the network's input: normalised images [S, S, 3] on the device.
     boxes: on the CPU, ltrb fractions of the crop, flipped with the image.
     labels: on the CPU, of the boxes that the crop keeps.
     """
@@ -69,7 +67,7 @@ def augmented(
         pixels = math.min(math.max(pixels, 0.0), 255.0)
     flip = fn.random.coin_flip(probability=augmentation.flip_probability)
     pixels = normalised(pixels, device, mirror=flip)
-    parts = dict(zip(PIXEL_PARTS, (samples.encoded[::_PAGE_BYTES], decoded, shrunk, pixels), strict=True))
+    parts = dict(zip(PIXEL_PARTS, (samples.encoded, decoded, shrunk, pixels), strict=True))
     return Augmented(parts, fn.bb_flip(boxes, ltrb=True, horizontal=flip), labels)
 
 

@@ -4,10 +4,12 @@ One definition serves both placements. On the CPU everything runs on the host an
 decoder is "mixed" (host and GPU), all later operators run on the GPU, and images are float16.
 """
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
@@ -66,7 +68,7 @@ def normalised(images: Any, device: torch.device, *, mirror: Any = 0) -> Any:
     return fn.crop_mirror_normalize(images, mirror=mirror, mean=_MEAN, std=_STD, dtype=dtype, output_layout="HWC")
 
 
-def run(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple[Tensor, ...]:
+def run(pipeline: Pipeline, device: torch.device, paths: Iterable[str]) -> tuple[Tensor, ...]:
     """Outputs of the next batch as tensors over DALI's own memory, without a copy and without waiting for the GPU.
 
     On a GPU they are ordered on torch's current stream: work queued there later sees them complete.
@@ -76,40 +78,45 @@ def run(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple
     return tuple(torch.from_dlpack(output.as_tensor()) for output in run_ragged(pipeline, device, paths))
 
 
-def run_ragged(pipeline: Pipeline, device: torch.device, paths: Sequence[str]) -> tuple[Any, ...]:
+def run_ragged(pipeline: Pipeline, device: torch.device, paths: Iterable[str]) -> tuple[Any, ...]:
     """Outputs of the next batch as DALI's lists of tensors, which may differ in shape. Raises as `run` does."""
     try:
         return pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
-    except RuntimeError as error:
-        message = str(error)
-        if not re.search(r"operator `nvidia\.dali\.fn\.(readers|decoders)\.", message):
+    except (RuntimeError, UnicodeDecodeError) as error:
+        # DALI copies the name of a file into its message even if it is not UTF-8.
+        message = os.fsdecode(error.object) if isinstance(error, UnicodeDecodeError) else str(error)
+        if not re.search(r"operator `nvidia\.dali\.fn\.(readers|io\.file|decoders)\.", message):
             raise
-        raise ImageError(_explain(message, paths)) from None
+        raise ImageError(_explain(message, list(paths))) from None
 
 
 def _device_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _explain(message: str, paths: Sequence[str]) -> str:
+def _explain(message: str, paths: list[str]) -> str:
     reason = message.partition("encountered:")[2].strip().partition("\n")[0]
-    named = re.fullmatch(r"(?:File mapping failed: |Failed to decode sample #\d+ : )(.+)", reason)
-    if named:  # the COCO reader gives the decoder names relative to its folder
-        path = next((path for path in paths if path.endswith(named[1])), named[1])
+    reason = re.sub(r'^Assert on ".*?" failed: ', "", reason)
+    sample = re.match(r"Failed to decode sample #(\d+) :", reason)
+    named = [path for path in paths if path in message]
+    if named:
+        path = max(named, key=len)
+    elif sample:  # of a file whose name the decoder does not know
+        path = paths[int(sample[1])]
     else:
         path = _first_without_header(paths)
     return f"{path}: cannot be read or decoded as an image (DALI: {reason})"
 
 
-def _first_without_header(paths: Sequence[str]) -> str:
+def _first_without_header(paths: list[str]) -> str:
     """The first file without an image header: DALI's error does not name such a file."""
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
     with pipeline:
-        encoded, _ = fn.readers.file(files=list(paths))
-        pipeline.set_outputs(fn.peek_image_shape(encoded))
+        pipeline.set_outputs(fn.peek_image_shape(fn.external_source(name="encoded", ndim=1)))
     for path in paths:
         try:
+            pipeline.feed_input("encoded", [np.fromfile(path, np.uint8)])
             pipeline.run()
-        except RuntimeError:
+        except (OSError, RuntimeError):
             return path
     return f"one of {len(paths)} files, of which {paths[0]} is the first"

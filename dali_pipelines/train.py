@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from dali_pipelines.augment import Augmented, augmented
 from dali_pipelines.batch import Augmentation, LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes
-from dali_pipelines.coco_reader import Samples, annotation_file, read_samples
 from dali_pipelines.loader import make_pipeline, run, run_ragged
+from dali_pipelines.order import TrainingOrder
+from dali_pipelines.samples import Samples, SampleSource, read_samples
 
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A function that encodes the ground truths of a batch.
@@ -25,13 +27,15 @@ Takes boxes_ltrb [T, 4] float32, labels [T] int32 and offsets [B + 1] int64: tho
 offsets[b + 1]. Returns deltas [B, A, 4] and labels [B, A] int32. All tensors are on one device.
 """
 
+_FORMAT = 2  # of a saved state. 1 was that of DALI's COCO reader, which had an order of its own
+
 
 class TrainLoader:
     """This rank's batches, epoch after epoch. Images without a box are left out.
 
-    Every epoch is a new permutation of the whole set, drawn from the seed and the same on all ranks. The ranks' shards
-    of it are disjoint and together complete. Each rank draws its own augmentation. All ranks give the same number of
-    full batches: a rank whose shard ends early repeats its last image, with other crops and colours.
+    TrainingOrder decides which images a batch holds. All ranks give the same number of full batches: the last one of an
+    epoch is filled with the epoch's first images, with other crops and colours. A set may be smaller than a batch, or
+    hold fewer images than there are ranks. Each rank draws its own augmentation.
 
     anchors_ltrb: [A, 4] float32, fractions of the image; for DALI's encoder.
     variances: divisors of the deltas of a box's centre and size; for DALI's encoder.
@@ -44,7 +48,7 @@ class TrainLoader:
     state: from `state()` of a loader with equal arguments. This loader continues with the batch that would have
         followed.
     Raises ValueError if the set cannot be trained on, or if the state belongs to another set, seed, batch size, rank,
-    encoder or version of DALI.
+    encoder, version of DALI, or to a version of this program that ordered images otherwise.
     """
 
     steps_per_epoch: int
@@ -71,13 +75,16 @@ class TrainLoader:
         state: bytes | None = None,
     ) -> None:
         images = _with_boxes(images)
-        _check(images, world_size, augmentation)
-        self._paths = [str(images.image_dir / name) for name in images.file_names]
+        _check(images, augmentation)
         self._image_ids = images.image_ids
         self._identity = _identity(images, seed, batch_size, rank, world_size, encode)
-        self.steps_per_epoch = -(-len(images.file_names) // (world_size * batch_size))
+        self._batches_given, checkpoint = (0, None) if state is None else _unpack(state, self._identity)
+        order = TrainingOrder(
+            len(images.file_names), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
+        )
+        self.steps_per_epoch = order.steps_per_epoch
         self.last_image_ids = np.empty(0, np.int64)
-        self._step, checkpoint = (0, None) if state is None else _unpack(state, self._identity)
+        self._source = SampleSource(images, order)
         self._device = device
         self._encode = encode
         pipeline = make_pipeline(
@@ -89,20 +96,17 @@ class TrainLoader:
             checkpointing=True,
             checkpoint=checkpoint,
         )
-        with annotation_file(images) as annotations:
-            with pipeline:
-                samples = read_samples(
-                    images, annotations, rank=rank, world_size=world_size, shuffle_seed=_derived_seed(seed, 0)
-                )
-                batch = augmented(
-                    samples, augmentation, image_size=image_size, device=device, hw_decoder_load=hw_decoder_load
-                )
-                if encode is None:
-                    targets = target_nodes(batch.boxes, batch.labels, anchors_ltrb, variances, device)
-                else:
-                    targets = _padded(batch.boxes, batch.labels)
-                pipeline.set_outputs(*self._outputs(samples, batch, targets))
-            pipeline.build()
+        with pipeline:
+            samples = read_samples(self._source)
+            batch = augmented(
+                samples, augmentation, image_size=image_size, device=device, hw_decoder_load=hw_decoder_load
+            )
+            if encode is None:
+                targets = target_nodes(batch.boxes, batch.labels, anchors_ltrb, variances, device)
+            else:
+                targets = _padded(batch.boxes, batch.labels)
+            pipeline.set_outputs(*self._outputs(samples, batch, targets))
+        pipeline.build()
         self._pipeline: Pipeline | None = pipeline
 
     def _outputs(self, samples: Samples, batch: Augmented, targets: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -114,18 +118,19 @@ class TrainLoader:
         Raises ImageError for a file that cannot be decoded; the loader cannot be used afterwards.
         """
         assert self._pipeline is not None, "the loader is closed"
-        for step in range(self._step, self.steps_per_epoch):
-            pixels, deltas, labels, positions = run(self._pipeline, self._device, self._paths)
+        for _ in range(self._batches_given % self.steps_per_epoch, self.steps_per_epoch):
+            paths = self._source.paths(self._batches_given)
+            pixels, deltas, labels, positions = run(self._pipeline, self._device, paths)
             if self._encode is not None:  # then the pipeline gives boxes in place of deltas
                 deltas, labels = self._encode(*_ragged(deltas, labels, self._device))
-            self._step = (step + 1) % self.steps_per_epoch
+            self._batches_given += 1
             self.last_image_ids = self._image_ids[positions[:, 0].numpy()]
             yield TrainBatch(images=pixels.permute(0, 3, 1, 2), deltas=deltas, labels=labels)
 
     def state(self) -> bytes:
         """Return the position after the batch that was given last; batches prepared beyond it do not count."""
         assert self._pipeline is not None, "the loader is closed"
-        header = json.dumps(self._identity | {"step": self._step})
+        header = json.dumps({"format": _FORMAT, **self._identity, "batches given": self._batches_given})
         return header.encode() + b"\n" + self._pipeline.checkpoint()
 
     def close(self) -> None:
@@ -148,12 +153,13 @@ class CutInput(TrainLoader):
         super().__init__(**arguments)
 
     def _outputs(self, samples: Samples, batch: Augmented, targets: tuple[Any, Any]) -> tuple[Any, ...]:
-        return (batch.parts[self._until],)
+        return batch.parts[self._until], *samples[1:]  # DALI warns of a source with outputs that nobody uses
 
     def run_batch(self) -> None:
         """Make the next batch; on a GPU, queue it on torch's current stream. Raises as `epoch` does."""
         assert self._pipeline is not None, "the loader is closed"
-        run_ragged(self._pipeline, self._device, self._paths)
+        run_ragged(self._pipeline, self._device, self._source.paths(self._batches_given))
+        self._batches_given += 1
 
 
 def _padded(boxes: Any, labels: Any) -> tuple[Any, Any]:
@@ -190,12 +196,9 @@ def _with_boxes(images: LabelledImages) -> LabelledImages:
     )
 
 
-def _check(images: LabelledImages, world_size: int, augmentation: Augmentation) -> None:
-    if len(images.file_names) < world_size:
-        raise ValueError(
-            f"{images.image_dir}: {len(images.file_names)} images with boxes: expected at least one for each of "
-            f"{world_size} ranks"
-        )
+def _check(images: LabelledImages, augmentation: Augmentation) -> None:
+    if not images.file_names:
+        raise ValueError(f"{images.image_dir}: no image has a box: expected at least one to train on")
     side = augmentation.crop_sides[0] if augmentation.crop_min_ious else 1.0
     small = np.flatnonzero(images.sizes_hw.min(axis=1) * side < 1)
     if len(small):
@@ -210,7 +213,7 @@ def _identity(
     images: LabelledImages, seed: int, batch_size: int, rank: int, world_size: int, encode: Encode | None
 ) -> dict[str, Any]:
     """The arguments that a saved state must share with the loader that continues from it."""
-    data_set = hashlib.sha256("\0".join(images.file_names).encode())
+    data_set = hashlib.sha256(os.fsencode("\0".join(images.file_names)))
     for array in (images.image_ids, images.sizes_hw, images.boxes_ltrb, images.labels, images.offsets):
         data_set.update(array.tobytes())
     return {
@@ -232,7 +235,13 @@ def _unpack(state: bytes, identity: dict[str, Any]) -> tuple[int, bytes]:
         saved = None
     if not separator or not isinstance(saved, dict):
         raise ValueError("state of the training input: expected what TrainLoader.state() returns")
+    if saved.get("format") != _FORMAT:
+        raise ValueError(
+            f"state of the training input: format = {saved.get('format', 1)}: expected {_FORMAT}: another version of "
+            "this program, which orders images otherwise, saved it. Finish the run with that version, or begin a new "
+            "run with the weights of its checkpoint"
+        )
     for key, value in identity.items():
         if saved.get(key) != value:
             raise ValueError(f"state of the training input: {key} = {saved.get(key)!r}: expected {value!r}")
-    return saved["step"], checkpoint
+    return saved["batches given"], checkpoint

@@ -37,7 +37,7 @@ OWNERS = {
     "horovod": {"ssd_fast/distributed/horovod.py", "ssd_fast/distributed/slurm.py"},
     "nvidia": {
         f"dali_pipelines/{name}.py"
-        for name in ("train", "coco_reader", "augment", "arrays", "evaluate", "loader", "box_encoder")
+        for name in ("train", "samples", "augment", "arrays", "evaluate", "loader", "box_encoder")
     },
     "pycocotools": {"ssd_fast/evaluation/coco_eval.py"},
     "hotcoco": {"ssd_fast/evaluation/coco_eval.py"},

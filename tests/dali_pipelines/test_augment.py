@@ -105,9 +105,9 @@ def test_a_crop_keeps_the_boxes_whose_centre_it_holds_and_clips_them(ramp: Path,
 
 @both_encoders
 def test_boxes_without_any_possible_crop_end_as_background(ramp: Path, encode: Encode | None) -> None:
-    images = image_set(ramp, [Item("ramp.jpg", (256, 256), [[0, 0, 8, 8, 1]])] * 32)
+    images = image_set(ramp, [Item("ramp.jpg", (256, 256), [[0, 0, 8, 8, 1]])] * 64)
     augmentation = changed(SSD_CROP, crop_min_ious=(0.9,), crop_allow_none=False)
-    loader = train_loader(images, augmentation, encode=encode, batch_size=32)
+    loader = train_loader(images, augmentation, encode=encode, batch_size=64)
     batch = next(loader.epoch())
     without = (batch.labels == 0).all(dim=1)
     assert without.any()

@@ -1,5 +1,7 @@
 """Both loaders and their files: layouts, names, pixels against Pillow's, and files that cannot be decoded."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,5 +138,21 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, name: str, dam
     images = image_set(tmp_path, [Item(name, (64, 96), [[8, 8, 60, 60, 1]]) for name in names])
     with pytest.raises(ImageError, match=name):
         list(eval_loader(images, batch_size=2))
-    with pytest.raises(ImageError, match=name):
-        list(train_loader(images, UNCHANGED, batch_size=2).epoch())
+    for batch_size in (2, 5, 7):
+        with pytest.raises(ImageError, match=name):
+            list(train_loader(images, UNCHANGED, batch_size=batch_size).epoch())
+
+
+@pytest.mark.parametrize("name", [b"new\nline.jpg", b"\xff\xfe.jpg", b"% #?.jpg"], ids=["newline", "no UTF-8", "URI"])
+def test_a_file_that_vanishes_between_two_epochs_is_named(tmp_path: Path, name: bytes) -> None:
+    names = [os.fsdecode(name), "1.jpg", "2.jpg"]
+    for each in names:
+        Image.new("RGB", (40, 40), "red").save(tmp_path / each)
+    images = image_set(tmp_path, [Item(each, (40, 40), [[5, 5, 30, 30, 1]]) for each in names])
+    loader = train_loader(images, UNCHANGED, batch_size=2)
+    for batch in loader.epoch():
+        assert pixels(batch.images)[:, 16, 16] == pytest.approx(np.array([[254, 0, 0]] * 2), abs=2)
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(ImageError, match=f"^{re.escape(str(tmp_path / names[0]))}: cannot be read"):
+        for _ in batches(loader, 8):
+            pass

@@ -1,46 +1,61 @@
 """The order of training images, over ranks and epochs, and the state that continues it."""
 
-import tempfile
+import json
+from collections import Counter
 from itertools import chain
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pipelines import CPU, OWN_ENCODER, UNCHANGED, Item, batches, both_encoders, equal, image_set, train_loader
+from pipelines import (
+    CPU,
+    OWN_ENCODER,
+    UNCHANGED,
+    Item,
+    batches,
+    both_encoders,
+    equal,
+    image_set,
+    train_arguments,
+    train_loader,
+)
 
+from dali_pipelines.augment import PIXEL_PARTS
 from dali_pipelines.batch import LabelledImages
-from dali_pipelines.train import Encode, _ragged
-
-
-def test_building_leaves_no_file_behind(small: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = sorted(small.image_dir.iterdir())
-    loader = train_loader(small)
-    assert list(tmp_path.iterdir()) == []
-    next(loader.epoch())
-    assert sorted(small.image_dir.iterdir()) == before
+from dali_pipelines.train import CutInput, Encode, _ragged
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 4), (3, 2), (3, 30)])
-def test_every_epoch_covers_the_images_with_boxes_once(small: LabelledImages, world_size: int, batch_size: int) -> None:
+def test_every_epoch_gives_each_image_with_boxes_equally_often(
+    small: LabelledImages, world_size: int, batch_size: int
+) -> None:
     with_boxes = set(small.image_ids[np.diff(small.offsets) > 0].tolist())
     assert len(with_boxes) == 23
     loaders = [
         train_loader(small, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     for _ in range(3):
-        shards = []
+        counts: Counter[int] = Counter()
         for loader in loaders:
             given = [loader.last_image_ids.tolist() for _ in loader.epoch()]
             assert len(given) == loader.steps_per_epoch == -(-23 // (world_size * batch_size))
             assert all(len(ids) == batch_size for ids in given)
-            flat = list(chain.from_iterable(given))
-            shard = list(dict.fromkeys(flat))
-            assert flat == shard + [shard[-1]] * (len(flat) - len(shard))  # only the padding repeats
-            shards.append(shard)
-        assert sum(map(len, shards)) == 23
-        assert set().union(*shards) == with_boxes
+            counts.update(chain.from_iterable(given))
+        assert set(counts) == with_boxes
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize(("batch_size", "twice"), [(15, 14), (32, 16)])
+def test_an_image_comes_again_with_other_crops_and_colours(small: LabelledImages, batch_size: int, twice: int) -> None:
+    items = [Item("1.jpg", tuple(small.sizes_hw[1]), [[5, 5, 30, 30, 1]])] * 16
+    loader = train_loader(image_set(small.image_dir, items), batch_size=batch_size)
+    given: dict[int, list[torch.Tensor]] = {}
+    for batch in loader.epoch():
+        for image_id, image in zip(loader.last_image_ids.tolist(), batch.images, strict=True):
+            given.setdefault(image_id, []).append(image)
+    assert sorted(map(len, given.values())) == [1] * (16 - twice) + [2] * twice
+    assert not any(torch.equal(*images) for images in given.values() if len(images) == 2)
 
 
 def test_order_is_shuffled_from_the_first_epoch_and_differs_per_epoch_and_seed(small: LabelledImages) -> None:
@@ -68,16 +83,16 @@ def test_ranks_augment_differently(small: LabelledImages) -> None:
     assert not torch.equal(one.images, other.images)
 
 
-def test_a_set_smaller_than_a_batch_trains_and_one_smaller_than_the_world_is_refused(small: LabelledImages) -> None:
+def test_a_set_smaller_than_the_ranks_trains_and_one_without_boxes_is_refused(small: LabelledImages) -> None:
     item = Item("1.jpg", tuple(small.sizes_hw[1]), [[5, 5, 30, 30, 1]])
-    loader = train_loader(image_set(small.image_dir, [item]), batch_size=3)
-    assert loader.steps_per_epoch == 1
-    batch = next(loader.epoch())
-    assert len(batch.images) == 3
-    assert not torch.equal(batch.images[0], batch.images[1])
-    with pytest.raises(ValueError, match="1 images with boxes: expected at least one for each of 2 ranks"):
-        train_loader(image_set(small.image_dir, [item]), world_size=2)
-    with pytest.raises(ValueError, match="0 images with boxes"):
+    batches_of_ranks = []
+    for rank in range(2):
+        loader = train_loader(image_set(small.image_dir, [item]), batch_size=3, rank=rank, world_size=2)
+        assert loader.steps_per_epoch == 1
+        batches_of_ranks.append(next(loader.epoch()))
+    images = torch.cat([batch.images for batch in batches_of_ranks])
+    assert len(images.flatten(1).unique(dim=0)) == 6
+    with pytest.raises(ValueError, match="no image has a box"):
         train_loader(image_set(small.image_dir, [item._replace(boxes=[])]))
 
 
@@ -113,6 +128,18 @@ def test_state_of_an_epoch_left_by_break_continues_in_it(small: LabelledImages) 
     assert len(set(chain.from_iterable(seen))) == 23
 
 
+def test_state_of_a_rank_continues_in_the_filled_batch(small: LabelledImages) -> None:
+    arguments: dict[str, Any] = {"batch_size": 3, "rank": 2, "world_size": 3}
+    loader = train_loader(small, **arguments)
+    assert loader.steps_per_epoch == 3
+    for _ in batches(loader, 5):
+        pass
+    resumed = train_loader(small, state=loader.state(), **arguments)
+    for (ids, batch), (resumed_ids, resumed_batch) in zip(batches(loader, 4), batches(resumed, 4), strict=True):
+        assert ids == resumed_ids
+        assert equal(batch, resumed_batch)
+
+
 def test_state_suits_another_augmentation(small: LabelledImages) -> None:
     loader = train_loader(small)
     next(loader.epoch())
@@ -136,9 +163,21 @@ def test_state_of_other_data_or_arguments_is_refused(small: LabelledImages) -> N
         train_loader(small, rank=1, world_size=2, state=state)
     with pytest.raises(ValueError, match="box encoder = 'dali': expected 'kernels'"):
         train_loader(small, encode=OWN_ENCODER, state=state)
+    header, _, rest = state.partition(b"\n")
+    of_the_coco_reader = {key: value for key, value in json.loads(header).items() if key != "format"} | {"step": 0}
+    with pytest.raises(ValueError, match=r"format = 1: expected 2: another version .* begin a new run"):
+        train_loader(small, state=json.dumps(of_the_coco_reader).encode() + b"\n" + rest)
     for garbage in (b"", b"abc", b"[]\nabc", b'{"step": 0}'):
         with pytest.raises(ValueError, match="state"):
             train_loader(small, state=garbage)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("part", PIXEL_PARTS)
+def test_a_pipeline_cut_after_a_part_goes_on_beyond_an_epoch(small: LabelledImages, part: str) -> None:
+    loader = CutInput(part, **train_arguments(small))
+    for _ in range(2 * loader.steps_per_epoch):
+        loader.run_batch()
 
 
 def test_boxes_that_a_crop_leaves_without_area_are_dropped_before_encoding() -> None:

@@ -82,6 +82,10 @@ def image_set(folder: Path, items: list[Item]) -> LabelledImages:
 
 
 def train_loader(images: LabelledImages, augmentation: Augmentation = SSD, **changes: Any) -> TrainLoader:
+    return TrainLoader(**train_arguments(images, augmentation, **changes))
+
+
+def train_arguments(images: LabelledImages, augmentation: Augmentation = SSD, **changes: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "images": images,
         "anchors_ltrb": cxcywh_to_ltrb(ANCHORS).numpy(),
@@ -94,7 +98,7 @@ def train_loader(images: LabelledImages, augmentation: Augmentation = SSD, **cha
         "seed": 1,
         "augmentation": augmentation,
     }
-    return TrainLoader(**(arguments | changes))
+    return arguments | changes
 
 
 def eval_loader(images: LabelledImages, **changes: Any) -> EvalLoader:
