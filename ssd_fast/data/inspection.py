@@ -66,7 +66,7 @@ def inspect_images(images: LabelledImages, world: World | None) -> dict[int, str
 
 
 def _entry_name(images: LabelledImages) -> str:
-    names = hashlib.sha256("\0".join(images.file_names).encode())
+    names = hashlib.sha256("\0".join(images.file_names).encode(errors="surrogatepass"))
     return cache.entry_name(images.image_dir.absolute(), names.hexdigest(), zlib.crc32(images.sizes_hw.tobytes()))
 
 
