@@ -11,6 +11,7 @@ import typer
 
 from ssd_fast import exit_status
 from ssd_fast.config.recipe import load_config
+from ssd_fast.files import check_writable
 from ssd_fast.loadgen.settings import Scenario
 
 # Verbs import their modules when they run, so that help and a mistyped recipe do not wait for torch.
@@ -51,14 +52,10 @@ def train(
     """Train a detector. Checkpoints, records and images go to a folder."""
     recipe = load_config(config, overrides or ())
 
-    from ssd_fast.data.sets import start_reading
+    import ssd_fast
     from ssd_fast.distributed import slurm
 
-    reading = start_reading(recipe, data)  # while torch is imported
-
-    from ssd_fast.training.run import train as train_run
-
-    outcome = train_run(recipe, data, output, resume=resume, reading=reading)
+    outcome = ssd_fast.train(recipe, data, output, resume=resume)
     if outcome.stopped_by:
         raise typer.Exit(0 if slurm.launched_by_slurm() else exit_status.SIGNALLED + outcome.stopped_by)
     if not outcome.is_main:
@@ -95,6 +92,8 @@ def evaluate(
     """Print COCO's twelve numbers of a detector on the validation images."""
     start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
+    if output is not None:
+        check_writable(output, "--output")
 
     from ssd_fast import progress
     from ssd_fast.evaluation import coco_eval
@@ -102,16 +101,22 @@ def evaluate(
 
     progress.setup_logging(None)
     found = evaluation.evaluate(
-        checkpoint, data, config=given, overrides=overrides or (), only_annotated=only_annotated, start_s=start_s
+        checkpoint,
+        data,
+        config=given,
+        overrides=overrides or (),
+        only_annotated=only_annotated,
+        needs_scores=output is None or target is not None,
+        start_s=start_s,
     )
     if found is None:
         return
-    if output is not None:
-        coco_eval.write_results(found.table, output)
     if with_timing:
         print(evaluation.format_timing(found), end="\n\n")
-    print(coco_eval.format_scores(found.scores, per_class=per_class))
-    if target is not None:
+    print(evaluation.format_evaluation(found, per_class=per_class))
+    if output is not None:
+        coco_eval.write_results(found.table, output)
+    if target is not None and found.scores is not None:
         reached = found.scores.map >= target
         print(f"mAP {found.scores.map:.5f}, target {target:g}: {'reached' if reached else 'not reached'}")
         raise typer.Exit(0 if reached else exit_status.NOT_REACHED)

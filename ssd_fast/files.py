@@ -31,6 +31,25 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Raise ValueError, naming the option, where write_atomically could not make or replace a file; writes nothing."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option} {path}: no folder {folder}: expected a file in a folder that exists")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder: expected a file")
+    try:
+        if path.exists() and not path.is_file():  # a device
+            return
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        os.stat(folder / f".{path.name}.{'x' * 8}")  # the name that a new file has for a moment
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"{option} {path}: cannot be written: {error.strerror}") from None
+
+
 def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

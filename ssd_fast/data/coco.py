@@ -7,9 +7,10 @@ boxes inside their images, known labels and decodable files.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,11 @@ from ssd_fast.data.policy import DataError, Policy, apply_policy
 if TYPE_CHECKING:  # a process that only reads annotations starts without torch
     from ssd_fast.distributed.world import World
 
+logger = logging.getLogger(__name__)
+
 SMALLEST_SIDE = 0.1  # pixels: narrower boxes have no area (COCO itself holds a few)
+_LARGEST = 2**31 - 1  # pixels
+_FEW_BOXES, _NEARLY_ALL = 20, 0.95
 _LARGE_BYTES = 16 * 2**20  # of an annotation file: smaller ones are read within a second
 
 
@@ -42,6 +47,22 @@ class CocoSet(NamedTuple):
     num_left_out_images: int
     num_left_out_boxes: int
 
+    @property
+    def has_boxes(self) -> bool:
+        """False for a set without annotations, such as a test set."""
+        return len(self.images.boxes_ltrb) + self.num_left_out_boxes > 0
+
+    def ids_of(self, categories: Sequence[Category]) -> np.ndarray:
+        """[K] int64, the ids that this set gives to categories, by their names. Raises DataError when it lacks one."""
+        ids = {category.name: category.id for category in self.categories}
+        missing = [category.name for category in categories if category.name not in ids]
+        if missing:
+            raise DataError(
+                f"{self.annotation_file}: lacks the categories {missing}: expected all of "
+                f"{[category.name for category in categories]}, which the network detects"
+            )
+        return np.array([ids[category.name] for category in categories], dtype=np.int64)
+
     def describe(self) -> str:
         """One line on its contents."""
         images = self.images
@@ -59,18 +80,23 @@ class ReadSet(NamedTuple):
 
     annotation_file, categories: as in CocoSet.
     images: all images, with their usable boxes.
-    bad_boxes: a text for each box that cannot be used.
+    bad_boxes: a text for each box that cannot be used. doubt: what is strange about all boxes, or nothing.
     """
 
     annotation_file: Path
     categories: tuple[Category, ...]
     images: LabelledImages
     bad_boxes: tuple[str, ...]
+    doubt: str
 
 
 class _GroundTruths(NamedTuple):
-    """T boxes. owners: [T] int64, positions of their images. labels: [T] int64, from 1. boxes_ltrb: [T, 4], pixels."""
+    """T boxes. rows: [T] int64, places in the file's annotations. owners: [T] int64, positions of their images.
 
+    labels: [T] int64, from 1. boxes_ltrb: [T, 4], pixels.
+    """
+
+    rows: np.ndarray
     owners: np.ndarray
     labels: np.ndarray
     boxes_ltrb: np.ndarray
@@ -124,9 +150,9 @@ def read_set(
         return _unpacked(entry, annotation_file, image_dir)
     found = _read(annotation_file, image_dir, classes, with_crowds, only_annotated)
     if len(found.bad_boxes) <= _MOST_KEPT_TEXTS:
-        texts = {"categories": found.categories, "bad_boxes": found.bad_boxes, "file_names": found.images.file_names}
-        arrays = {key: getattr(found.images, key) for key in _ARRAYS}
-        cache.store_entry(name, facts | texts | {"sha256": _digest(annotation_file)}, arrays)
+        texts: dict[str, Any] = {"categories": found.categories, "file_names": found.images.file_names}
+        texts |= {"bad_boxes": found.bad_boxes, "doubt": found.doubt, "sha256": _digest(annotation_file)}
+        cache.store_entry(name, facts | texts, {key: getattr(found.images, key) for key in _ARRAYS})
     return found
 
 
@@ -138,7 +164,7 @@ def _unpacked(entry: cache.Entry, annotation_file: Path, image_dir: Path) -> Rea
     facts, arrays = entry
     images = LabelledImages(image_dir=image_dir, file_names=tuple(facts["file_names"]), **arrays)
     categories = tuple(Category(*category) for category in facts["categories"])
-    return ReadSet(annotation_file, categories, images, tuple(facts["bad_boxes"]))
+    return ReadSet(annotation_file, categories, images, tuple(facts["bad_boxes"]), facts["doubt"])
 
 
 def _digest(path: Path) -> str:
@@ -155,6 +181,8 @@ def check_images(
     world: of the ranks that call this with the same set; None for this process alone.
     Raises DataError under "error", and if no image is left.
     """
+    if found.doubt:
+        logger.warning("%s: %s", found.annotation_file, found.doubt)
     apply_policy(found.bad_boxes, bad_boxes, "boxes", "bad_boxes")
     problems = inspect_images(found.images, world)
     apply_policy(list(problems.values()), bad_images, "images", "bad_images")
@@ -185,9 +213,8 @@ def _read(
     truths = _ground_truths(instances, image_ids, categories, with_crowds, annotation_file)
     boxes, usable = _clip_boxes(truths.boxes_ltrb, sizes_hw[truths.owners])
     bad_boxes = tuple(
-        f"{annotation_file}: image {image_ids[truths.owners[row]]}: box {_box_text(boxes[row])} (left, top, right, "
-        f"bottom) has no area inside its image of {sizes_hw[truths.owners[row], 1]} x "
-        f"{sizes_hw[truths.owners[row], 0]} pixels"
+        f"{annotation_file}: annotations[{truths.rows[row]}] of image {image_ids[truths.owners[row]]}: "
+        + _describe_bad(boxes[row], sizes_hw[truths.owners[row]])
         for row in np.flatnonzero(~usable)
     )
     owners = truths.owners[usable]
@@ -202,7 +229,30 @@ def _read(
         labels=truths.labels[usable][order].astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
-    return ReadSet(annotation_file, categories, images, bad_boxes)
+    return ReadSet(annotation_file, categories, images, bad_boxes, _doubt(truths.boxes_ltrb, sizes_hw[truths.owners]))
+
+
+def _describe_bad(box_ltrb: np.ndarray, size_hw: np.ndarray) -> str:
+    if not np.isfinite(box_ltrb).all():
+        return "bbox: expected four finite numbers, [left, top, width, height]"
+    text = ", ".join(f"{value:g}" for value in box_ltrb)
+    return f"box [{text}] (left, top, right, bottom) has no area inside its image of {size_hw[1]} x {size_hw[0]} pixels"
+
+
+def _doubt(boxes_ltrb: np.ndarray, sizes_hw: np.ndarray) -> str:
+    """What nearly all boxes look like instead of [left, top, width, height] in pixels; empty where they look right."""
+    finite = np.isfinite(boxes_ltrb).all(axis=1)
+    boxes, limits = boxes_ltrb[finite], sizes_hw[finite][:, ::-1] + 1
+    if len(boxes) < _FEW_BOXES:
+        return ""
+    sides = boxes[:, 2:] - boxes[:, :2]  # as the file states them
+    if np.mean((boxes[:, 2:] <= 2).all(axis=1)) > _NEARLY_ALL:
+        return "nearly all boxes lie within the first two pixels: bbox looks like fractions of the image, not pixels"
+    as_corners = (sides > boxes[:, :2]).all(axis=1) & (sides <= limits).all(axis=1)
+    leaves = (boxes[:, 2:] > limits).any(axis=1)
+    if np.mean(as_corners) > _NEARLY_ALL and np.mean(leaves) > 0.5:
+        return "most boxes leave their image: bbox looks like two corners, not [left, top, width, height]"
+    return ""
 
 
 def _unique_image_ids(instances: Instances, annotation_file: Path) -> np.ndarray:
@@ -213,6 +263,11 @@ def _unique_image_ids(instances: Instances, annotation_file: Path) -> np.ndarray
         for key in ("file_name", "width", "height"):
             if not getattr(image, key):
                 raise DataError(f"{annotation_file}: images[{number}].{key} is missing, empty or 0: expected a value")
+        if "\0" in image.file_name or min(image.width, image.height) < 0 or max(image.width, image.height) > _LARGEST:
+            raise DataError(
+                f"{annotation_file}: images[{number}]: {image.file_name!r}, {image.width} x {image.height} pixels: "
+                f"expected the name of a file and sides of 1 to {_LARGEST} pixels"
+            )
     image_ids = np.array([image.id for image in instances.images], dtype=np.int64)
     unique, counts = np.unique(image_ids, return_counts=True)
     if len(unique) != len(image_ids):
@@ -251,7 +306,7 @@ def _ground_truths(
     owners = by_id[np.searchsorted(image_ids, owner_ids[counts], sorter=by_id)]
     by_category = np.argsort(wanted_ids)
     labels = by_category[np.searchsorted(wanted_ids, category_ids[counts], sorter=by_category)] + 1
-    return _GroundTruths(owners, labels, xywh_to_ltrb(boxes_xywh[counts]))
+    return _GroundTruths(np.flatnonzero(counts), owners, labels, xywh_to_ltrb(boxes_xywh[counts]))
 
 
 def _clip_boxes(boxes_ltrb: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -276,7 +331,3 @@ def _select(images: LabelledImages, keep: np.ndarray) -> LabelledImages:
         labels=images.labels[boxes],
         offsets=np.concatenate([[0], np.cumsum(counts[keep])]).astype(np.int64),
     )
-
-
-def _box_text(box: np.ndarray) -> str:
-    return "[" + ", ".join(f"{value:g}" for value in box) + "]"

@@ -75,4 +75,7 @@ def load_sets(config: Config, data_dir: Path, world: World, reading: Reading | N
     train, val = (check_images(one, bad_images=data.bad_images, bad_boxes=data.bad_boxes, world=world) for one in found)
     if len(train.images.boxes_ltrb) == 0:
         raise DataError(f"{train.annotation_file}: no image has a box to learn from")
+    if not val.has_boxes:
+        raise DataError(f"{val.annotation_file}: no image has a box to score detections by")
+    val.ids_of(train.categories)
     return TrainAndVal(train, val)

@@ -10,6 +10,7 @@ given, which decides between equal scores.
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ssd_fast.data.annotations import Annotation, decode_json, read_instances
+from ssd_fast.data.annotations import Annotation, decode_json, read_instances, usable_categories
 from ssd_fast.data.policy import DataError
 from ssd_fast.files import write_atomically
 
@@ -116,13 +117,14 @@ def score(
     annotation_file: Path,
     detections: DetectionTable,
     *,
-    image_ids: Sequence[int] | None = None,
-    category_ids: Sequence[int] | None = None,
+    image_ids: Sequence[int] | np.ndarray | None = None,
+    category_ids: Sequence[int] | np.ndarray | None = None,
     evaluator: Literal["fast", "pycocotools"] = "fast",
 ) -> CocoScores:
     """COCO's numbers of detections against an annotation file.
 
-    annotation_file: COCO instances JSON. `area` defaults to the area of the box, `iscrowd` to no crowd.
+    annotation_file: COCO instances JSON. `area` defaults to the area of the box, `iscrowd` to no crowd. A box that is
+    no list of four finite numbers is left out.
     image_ids, category_ids: those that count; by default all images (also those without boxes) and categories of the
     file.
     evaluator: both give the same bits; pycocotools takes about a minute for 500,000 detections.
@@ -130,9 +132,7 @@ def score(
     are not finite or have a negative size.
     """
     instances = read_instances(annotation_file)
-    names = {category.id: category.name for category in instances.categories}
-    if len(set(names.values())) != len(instances.categories):
-        raise DataError(f"{annotation_file}: categories: expected every id and every name once")
+    names = {category.id: category.name for category in usable_categories(instances, annotation_file)}
     all_images = np.unique(np.array([image.id for image in instances.images], np.int64))
     all_categories = np.unique(np.array(list(names), np.int64))
     for key, ids in (("images", all_images), ("categories", all_categories)):
@@ -246,6 +246,7 @@ def _normalise(
     truth_images = np.array([annotation.image_id for annotation in annotations], np.int64)
     truth_categories = np.array([annotation.category_id for annotation in annotations], np.int64)
     truths = np.flatnonzero(np.isin(truth_images, images) & np.isin(truth_categories, categories))
+    truths = truths[[math.isfinite(sum(annotations[row].bbox)) for row in truths.tolist()]]
     kept = [annotations[row] for row in truths.tolist()]
     boxes_xywh = np.array([a.bbox for a in kept], np.float64).reshape(-1, 4)
     found = np.isin(detections.image_ids, images) & np.isin(detections.category_ids, categories)

@@ -17,7 +17,6 @@ from ssd_fast.config.sections import Config, DetectionConfig
 from ssd_fast.data.annotations import Category
 from ssd_fast.data.boxes import ltrb_to_xywh
 from ssd_fast.data.coco import CocoSet
-from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
 from ssd_fast.hardware import compute_dtype
@@ -111,14 +110,7 @@ class Detector:
 
         Raises DataError when the set lacks a category.
         """
-        ids = {category.name: category.id for category in coco_set.categories}
-        missing = [category.name for category in self.categories if category.name not in ids]
-        if missing:
-            raise DataError(
-                f"{coco_set.annotation_file}: lacks the categories {missing}, which the network detects: expected all "
-                f"of {[category.name for category in self.categories]}"
-            )
-        return np.array([ids[category.name] for category in self.categories], dtype=np.int64)
+        return coco_set.ids_of(self.categories)
 
 
 def _to_table(

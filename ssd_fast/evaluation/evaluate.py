@@ -12,6 +12,7 @@ from ssd_fast.config.sections import Config, DistributedConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.coco import load_coco
 from ssd_fast.data.loaders import make_eval_loader
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.launch import connect
 from ssd_fast.evaluation import coco_eval
 from ssd_fast.evaluation.detector import load_detector
@@ -22,17 +23,19 @@ from ssd_fast.progress import track
 class Evaluation(NamedTuple):
     """The result of an evaluation.
 
-    scores: COCO's numbers. table: the detections of all images, in the order of the set.
+    scores: COCO's numbers; None for a set without annotations.
+    table: the detections of all images, in the order of the set.
     config: the configuration that was used, which is the checkpoint's own unless another was given.
-    num_images: number of images of all ranks.
+    num_images: number of images of all ranks. num_left_out: of bad ones, which the scores do not know of.
     parts: seconds of each part of the evaluation, as in `timing.Timeline.parts`.
     device, dtype: the device that computed, by name, and the number format it used.
     """
 
-    scores: coco_eval.CocoScores
+    scores: coco_eval.CocoScores | None
     table: coco_eval.DetectionTable
     config: Config
     num_images: int
+    num_left_out: int
     parts: Mapping[str, Sequence[float]]
     device: str
     dtype: torch.dtype
@@ -45,6 +48,7 @@ def evaluate(
     config: Config | None = None,
     overrides: Sequence[str] = (),
     only_annotated: bool = False,
+    needs_scores: bool = True,
     start_s: float | None = None,
 ) -> Evaluation | None:
     """Detect objects on all validation images of a data set and score the detections.
@@ -56,6 +60,7 @@ def evaluate(
     data_dir: in COCO's layout.
     config: replaces the checkpoint's own. overrides: changes of the checkpoint's own ("section.key=value" each).
     only_annotated: leave out images without annotations, as the MLPerf reference does.
+    needs_scores: refuse a set without annotations, such as a test set.
     start_s: moment, of time.perf_counter, at which the first part begins; None for the time of the call.
     Raises ValueError for a checkpoint, a data set or a configuration that cannot be used.
     """
@@ -72,6 +77,9 @@ def evaluate(
             bad_boxes=config.data.bad_boxes,
             world=world,
         )
+        if needs_scores and not val_set.has_boxes:
+            raise DataError(f"{val_set.annotation_file}: no image has a box to score detections by")
+        category_ids = detector.category_ids_in(val_set)
         loader = make_eval_loader(config, val_set.images, device, world=world)
         timeline = timing.Timeline(device, start_s)
         timeline.settle("load")
@@ -79,18 +87,31 @@ def evaluate(
         timeline.settle("collecting")
     if not world.is_main:
         return None
-    category_ids = detector.category_ids_in(val_set).tolist()
-    scores = coco_eval.score(val_set.annotation_file, table, category_ids=category_ids)
+    scores = None
+    if val_set.has_boxes:
+        image_ids = val_set.images.image_ids
+        scores = coco_eval.score(val_set.annotation_file, table, image_ids=image_ids, category_ids=category_ids)
     timeline.settle("scoring")
     return Evaluation(
         scores=scores,
         table=table,
         config=config,
         num_images=len(val_set.images.file_names),
+        num_left_out=val_set.num_left_out_images,
         parts=timeline.parts(),
         device=device_name(device, world.cores),
         dtype=detector.dtype,
     )
+
+
+def format_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> str:
+    """Return COCO's twelve lines, if there was something to score, and how many images do not count in them."""
+    lines = ["no annotations: nothing to score"]
+    if evaluation.scores:
+        lines = [coco_eval.format_scores(evaluation.scores, per_class=per_class)]
+    if evaluation.num_left_out:
+        lines.append(f"{evaluation.num_left_out} bad images are left out, with their boxes")
+    return "\n".join(lines)
 
 
 def format_timing(evaluation: Evaluation) -> str:

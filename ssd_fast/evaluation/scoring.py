@@ -9,18 +9,21 @@ from ssd_fast.evaluation.coco_eval import CocoScores, DetectionTable, score, wri
 class ScoringRequest(NamedTuple):
     """Detections to be scored.
 
-    category_ids: the ids of the annotation file that count.
+    image_ids, category_ids: the ids of the annotation file that count.
     results_file: written with the detections, in COCO's result format.
     """
 
     annotation_file: Path
     table: DetectionTable
+    image_ids: list[int]
     category_ids: list[int]
     results_file: Path
 
 
 def score_and_write(request: ScoringRequest) -> CocoScores:
     """Score detections, and write them to their file."""
-    scores = score(request.annotation_file, request.table, category_ids=request.category_ids)
+    scores = score(
+        request.annotation_file, request.table, image_ids=request.image_ids, category_ids=request.category_ids
+    )
     write_results(request.table, request.results_file)
     return scores

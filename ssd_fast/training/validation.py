@@ -78,6 +78,7 @@ class Validation:
                 ScoringRequest(
                     annotation_file=self._val_set.annotation_file,
                     table=table,
+                    image_ids=self._val_set.images.image_ids.tolist(),
                     category_ids=self._detector.category_ids_in(self._val_set).tolist(),
                     results_file=self._folder.new_detections,
                 ),
