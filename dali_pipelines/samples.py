@@ -49,7 +49,7 @@ class SampleSource:
     def paths(self, batch: int) -> Iterator[str]:
         """The files of a batch. Nothing is computed before the first one is asked for."""
         for position in self._order.positions(batch):
-            yield str(self._images.image_dir / self._images.file_names[position])
+            yield os.path.join(self._images.image_dir, self._images.file_names[position])
 
 
 def read_samples(source: SampleSource) -> Samples:
