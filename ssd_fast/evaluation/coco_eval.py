@@ -116,9 +116,9 @@ class _Problem(NamedTuple):
 def score(
     annotation_file: Path,
     detections: DetectionTable,
-    *,
     image_ids: Sequence[int] | np.ndarray | None = None,
     category_ids: Sequence[int] | np.ndarray | None = None,
+    *,
     evaluator: Literal["fast", "pycocotools"] = "fast",
 ) -> CocoScores:
     """COCO's numbers of detections against an annotation file.

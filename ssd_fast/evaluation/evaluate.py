@@ -87,10 +87,8 @@ def evaluate(
         timeline.settle("collecting")
     if not world.is_main:
         return None
-    scores = None
-    if val_set.has_boxes:
-        image_ids = val_set.images.image_ids
-        scores = coco_eval.score(val_set.annotation_file, table, image_ids=image_ids, category_ids=category_ids)
+    ids = val_set.images.image_ids, category_ids
+    scores = coco_eval.score(val_set.annotation_file, table, *ids) if val_set.has_boxes else None
     timeline.settle("scoring")
     return Evaluation(
         scores=scores,
