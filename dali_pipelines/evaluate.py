@@ -1,10 +1,12 @@
 """Images to detect on, in the order of their list."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
 
 from dali_pipelines.batch import EvalBatch, LabelledImages
 from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
@@ -18,8 +20,8 @@ class EvalLoader:
     image_size: width and height of the network's input, pixels.
     batch_size: of this rank; the last batch of a pass may be smaller.
     prefetch_batches: batches prepared ahead, at least 1.
-    apply_orientation: turn images as their EXIF entry says and viewers do; images.sizes_hw must then be those of the
-        turned images. False for a data set, whose boxes are in the frame of the stored pixels.
+    orientations: [N] uint8, how each image is turned upright (EXIF's values, 1 to 8); images.sizes_hw must then be
+        those of the turned images. None for a data set, whose boxes are in the frame of the stored pixels.
     Iterating raises ImageError for a file that cannot be decoded.
     """
 
@@ -34,19 +36,19 @@ class EvalLoader:
         prefetch_batches: int,
         rank: int = 0,
         world_size: int = 1,
-        apply_orientation: bool = False,
+        orientations: np.ndarray | None = None,
     ) -> None:
         self._image_size = image_size
         self._batch_size = batch_size
         self._device = device
         self._num_threads = num_threads
         self._prefetch_batches = prefetch_batches
-        self._apply_orientation = apply_orientation
         num_images = len(images.file_names)
         shard = np.flatnonzero(np.arange(num_images) // batch_size % world_size == rank)
-        self._paths = [str(images.image_dir / images.file_names[index]) for index in shard]
+        self._paths = [os.path.join(images.image_dir, images.file_names[index]) for index in shard]
         self._image_ids = torch.from_numpy(images.image_ids[shard])
         self._sizes_hw = torch.from_numpy(images.sizes_hw[shard])
+        self._orientations = np.ones(len(shard), np.uint8) if orientations is None else orientations[shard]
         self._idle: Pipeline | None = None
 
     def __len__(self) -> int:
@@ -56,16 +58,16 @@ class EvalLoader:
     def __iter__(self) -> Iterator[EvalBatch]:
         if not self._paths:
             return
-        # A pass returns its pipeline only at its end, because only then the reader is back at the first image.
+        # A pass returns its pipeline only at its end, because only then the next batch is the first one.
         pipeline, self._idle = self._idle or self._build(), None
-        for start in range(0, len(self._paths), self._batch_size):
-            paths = self._paths[start : start + self._batch_size]
-            pixels, indices = (output[: len(paths)] for output in run(pipeline, self._device, paths))
-            indices = indices[:, 0].long()
+        for batch in range(len(self)):
+            rows = self._rows(batch)
+            (pixels,) = run(pipeline, self._device, self._paths[rows])
+            for row, orientation in enumerate(self._orientations[rows].tolist()):
+                if orientation != 1:
+                    pixels[row] = _turned(pixels[row], orientation).clone()
             yield EvalBatch(
-                images=pixels.permute(0, 3, 1, 2),
-                image_ids=self._image_ids[indices],
-                sizes_hw=self._sizes_hw[indices],
+                images=pixels.permute(0, 3, 1, 2), image_ids=self._image_ids[rows], sizes_hw=self._sizes_hw[rows]
             )
         self._idle = pipeline
 
@@ -73,20 +75,34 @@ class EvalLoader:
         """End the background threads and free the buffers. The next pass makes new ones."""
         self._idle = None
 
+    def _rows(self, batch: int) -> slice:
+        return slice(batch * self._batch_size, (batch + 1) * self._batch_size)
+
+    def _names(self, batch: int) -> list[np.ndarray]:
+        """Names of a batch's files as bytes. batch: counts on from pass to pass."""
+        paths = self._paths[self._rows(batch % len(self))]
+        return [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
+
     def _build(self) -> Pipeline:
         pipeline = make_pipeline(
             self._device,
-            batch_size=self._batch_size,
+            batch_size=min(self._batch_size, len(self._paths)),
             num_threads=self._num_threads,
-            prefetch_batches=self._prefetch_batches,
+            prefetch_batches=min(self._prefetch_batches, len(self)),
         )
         with pipeline:
-            encoded, indices = fn.readers.file(files=self._paths, pad_last_batch=True)
+            names = fn.external_source(source=self._names, dtype=types.UINT8, ndim=1)
             pixels = fn.decoders.image(
-                encoded,
+                fn.io.file.read(names, dont_use_mmap=True),
                 device=decoder_placement(self._device),
                 output_type=types.RGB,
-                adjust_orientation=self._apply_orientation,
+                adjust_orientation=False,
             )
-            pipeline.set_outputs(normalised(resized(pixels, self._image_size), self._device), indices)
+            pipeline.set_outputs(normalised(resized(pixels, self._image_size), self._device))
         return pipeline
+
+
+def _turned(pixels: Tensor, orientation: int) -> Tensor:
+    """A square image [S, S, C], turned upright. orientation: EXIF's value."""
+    flipped = {2: [1], 3: [0, 1], 4: [0], 5: [], 6: [1], 7: [0, 1], 8: [0]}[orientation]
+    return (pixels.transpose(0, 1) if orientation >= 5 else pixels).flip(flipped)

@@ -4,6 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
+_PREFIX = ".ssd_fast-"  # of a file that is not complete yet
+
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace the content of a file, durably. On an error the old file stays and no other file is left.
@@ -16,7 +18,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         if path.exists() and not (path.is_file() or path.is_dir()):
             path.write_bytes(content)
             return
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_PREFIX)
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, 0o666 & ~_UMASK)  # mkstemp's own is for secrets
             file.write(content)
@@ -31,6 +33,12 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a process that was killed within write_atomically left in a folder, which nobody else writes to."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        path.unlink(missing_ok=True)
+
+
 def check_writable(path: Path, option: str) -> None:
     """Raise ValueError, naming the option, where write_atomically could not make or replace a file; writes nothing."""
     folder = path.parent
@@ -43,7 +51,7 @@ def check_writable(path: Path, option: str) -> None:
             return
         with tempfile.TemporaryFile(dir=folder):
             pass
-        os.stat(folder / f".{path.name}.{'x' * 8}")  # the name that a new file has for a moment
+        path.stat()  # a name may be too long
     except FileNotFoundError:
         pass
     except OSError as error:

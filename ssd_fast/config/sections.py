@@ -5,6 +5,7 @@ follow from others (grid sizes, the learning rate of a step) are functions, neve
 """
 
 import math
+from collections import Counter
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -126,6 +127,8 @@ class DataConfig(_Section):
     """Use boxes with iscrowd = 1 as ground truths in training."""
     bad_images: Literal["error", "skip"] = "error"
     """Reaction to a missing or undecodable image: "error" ends the run, "skip" leaves the image out and reports it."""
+    max_image_pixels: PositiveInt = 178_956_970
+    """Pixels of the largest image that is accepted; a larger one is a bad image. The default is Pillow's own limit."""
     bad_boxes: Literal["error", "skip"] = "skip"
     """Reaction to a box without area inside its image: "error" ends the run, "skip" leaves it out and reports it."""
     num_threads: Annotated[int, Field(ge=0)] = 0
@@ -137,6 +140,13 @@ class DataConfig(_Section):
     box_encoder: Literal["auto", "dali", "kernels"] = "auto"
     """Encoder of the targets: "dali" runs in the pipeline; "kernels" is this project's operator, which breaks ties
     between anchors of equal IoU as the MLPerf reference does; "auto" is "kernels" on a CPU and "dali" on a GPU."""
+
+    @model_validator(mode="after")
+    def _classes_are_different(self) -> Self:
+        repeated = [name for name, count in Counter(self.classes or ()).items() if count > 1]
+        if repeated:
+            raise ValueError(f"classes names {repeated} more than once: expected every class once")
+        return self
 
 
 class OptimizerConfig(_Section):

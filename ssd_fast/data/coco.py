@@ -173,11 +173,17 @@ def _digest(path: Path) -> str:
 
 
 def check_images(
-    found: ReadSet, *, bad_images: Policy = "error", bad_boxes: Policy = "skip", world: World | None = None
+    found: ReadSet,
+    bad_images: Policy = "error",
+    bad_boxes: Policy = "skip",
+    *,
+    smallest_side: int = 1,
+    world: World | None = None,
 ) -> CocoSet:
     """A set whose images have been looked at, by all ranks together.
 
     bad_images, bad_boxes: "error" raises at the first; "skip" leaves them out and logs how many and which.
+    smallest_side: pixels; an image with a shorter one is bad.
     world: of the ranks that call this with the same set; None for this process alone.
     Raises DataError under "error", and if no image is left.
     """
@@ -185,6 +191,10 @@ def check_images(
         logger.warning("%s: %s", found.annotation_file, found.doubt)
     apply_policy(found.bad_boxes, bad_boxes, "boxes", "bad_boxes")
     problems = inspect_images(found.images, world)
+    for row in np.flatnonzero(found.images.sizes_hw.min(axis=1) < smallest_side).tolist():
+        height, width = found.images.sizes_hw[row]
+        path = found.images.image_dir / found.images.file_names[row]
+        problems[row] = f"{path}: {width} x {height} pixels: expected at least {smallest_side} x {smallest_side}"
     apply_policy(list(problems.values()), bad_images, "images", "bad_images")
     num_images = len(found.images.file_names)
     if len(problems) == num_images:

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,11 +80,11 @@ def make_eval_loader(
     device: torch.device,
     *,
     world: World | None = None,
-    apply_orientation: bool = False,
+    orientations: np.ndarray | None = None,
 ) -> EvalLoader:
     """A loader of images in their order, or of this rank's share of them.
 
-    apply_orientation: apply EXIF rotation. Leave it off for a data set, whose boxes refer to the stored pixels.
+    orientations: how to turn each image. None for a data set, whose boxes refer to the stored pixels.
     """
     world = world or World()
     return EvalLoader(
@@ -95,5 +96,5 @@ def make_eval_loader(
         prefetch_batches=config.data.prefetch_batches,
         rank=world.rank,
         world_size=world.size,
-        apply_orientation=apply_orientation,
+        orientations=orientations,
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dali_pipelines.arrays import ArrayLoader
-from dali_pipelines.batch import EvalBatch, LabelledImages
+from dali_pipelines.batch import EvalBatch
 from dali_pipelines.evaluate import EvalLoader
 from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.boxes import xywh_to_ltrb
-from ssd_fast.data.images import find_images
+from ssd_fast.data.images import UserImages, find_images, orientation_of, set_largest_image, turned
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
@@ -29,6 +30,7 @@ from ssd_fast.progress import track
 from ssd_fast.timing import Timeline
 
 RESULTS = "detections.json"
+_LONGEST_NAME = 240  # bytes of a copy's name without number and ending
 
 ImageInput: TypeAlias = str | Path | Image.Image | np.ndarray
 """An image file, a PIL image, or a uint8 array [H, W, 3] RGB."""
@@ -52,7 +54,7 @@ class ImageDetections(NamedTuple):
 
     def draw(self, min_score: float = 0.3) -> Image.Image:
         """Return a copy of the image with the boxes of at least this score, their class names and scores."""
-        image = _read_upright(self.image) if isinstance(self.image, Path) else self.image
+        image = _read_upright(str(self.image)) if isinstance(self.image, Path) else self.image
         rows = np.flatnonzero(self.scores >= min_score)
         labels = [self.labels[row] for row in rows]
         return draw_detections(image, self.boxes_ltrb[rows], labels, self.scores[rows], class_names=self.class_names)
@@ -111,6 +113,7 @@ class ImageDetector:
         return results
 
     def _file_batches(self, files: Sequence[Path]) -> EvalLoader:
+        set_largest_image(self.config.data.max_image_pixels)
         return _make_loader(self.config, find_images(files, bad_images=None), self._device)
 
     def _pixel_batches(self, images: Sequence[Image.Image]) -> Iterable[EvalBatch]:
@@ -153,8 +156,9 @@ def detect_files(
 ) -> FilesDetected:
     """Write an annotated copy of every image to a folder, and all detections to detections.json in it.
 
-    The JSON is a list with an object per image: file, annotated (its copy), width and height (pixels, after EXIF
-    rotation) and detections, best first: category_id, category, score, bbox [x, y, width, height] in pixels.
+    The JSON is a list with an object per image: file (absolute, with the names that were given), annotated (its copy),
+    width and height (pixels of the upright image) and detections, best first: category_id, category, score, bbox [x, y,
+    width, height] in pixels. Of the files in the folder, only those that such a JSON there names are replaced.
 
     checkpoint, config, overrides: as for `load_detector`.
     paths: image files, folders of them, or patterns. output: folder, made if missing.
@@ -164,35 +168,63 @@ def detect_files(
     device = World().device()
     categories = read_categories(annotations) if annotations else None
     detector, config = load_detector(checkpoint, device, config=config, overrides=overrides, categories=categories)
-    images = find_images(paths, bad_images=config.data.bad_images)
+    set_largest_image(config.data.max_image_pixels)
+    found_images = find_images(paths, bad_images=config.data.bad_images)
+    images, orientations = found_images
+    copies = _copy_names(images.file_names)
+    _check_output(output, copies, images.file_names)
     timeline = Timeline(device, time.perf_counter())
     output.mkdir(parents=True, exist_ok=True)
-    loader = _make_loader(config, images, device)
+    loader = _make_loader(config, found_images, device)
     timeline.settle("preparing")
     table = detector.detect_all(track(loader, "detecting", total=len(loader)), timeline=timeline)
     loader.close()
     timeline.settle("collecting")
     names = {category.id: category.name for category in detector.categories}
     results = []
-    for index, copy_name in enumerate(track(_copy_names(images.file_names), "drawing")):
+    for index, copy_name in enumerate(track(copies, "drawing")):
         rows = np.flatnonzero(table.image_ids == index)
         found = DetectionTable(*(column[rows] for column in table))
         file_name, (height, width) = images.file_names[index], images.sizes_hw[index].tolist()
         image = {"file": file_name, "annotated": copy_name, "width": width, "height": height}
         results.append(image | {"detections": _describe(found, names)})
-        _write_annotated(Path(file_name), output / copy_name, found, names, drawn_score)
+        upright = _read_upright(file_name, orientations[index])
+        _write_annotated(upright, output / copy_name, found, names, drawn_score)
     write_atomically(output / RESULTS, json.dumps(results, indent=1).encode())
     timeline.settle("drawing")
     return FilesDetected(len(images.file_names), timeline.parts())
 
 
-def _make_loader(config: Config, images: LabelledImages, device: torch.device) -> EvalLoader:
-    """Return a pass over images, upright. The pipeline would fill up a batch that is larger than their number."""
-    batch_size = min(config.evaluation.batch_size, len(images.file_names))
-    evaluation = config.evaluation.model_copy(update={"batch_size": batch_size})
-    return make_eval_loader(
-        config.model_copy(update={"evaluation": evaluation}), images, device, apply_orientation=True
-    )
+def _make_loader(config: Config, found: UserImages, device: torch.device) -> EvalLoader:
+    return make_eval_loader(config, found.images, device, orientations=found.orientations)
+
+
+def _check_output(output: Path, copies: Sequence[str], inputs: Sequence[str]) -> None:
+    """Raise ValueError where results would replace a file that an earlier call did not make, or an image given now."""
+    own = {RESULTS, *earlier} if (earlier := _earlier_copies(output / RESULTS)) is not None else set()
+    given = {(status.st_dev, status.st_ino) for status in map(os.stat, inputs)}
+    for name in (RESULTS, *copies):
+        try:
+            status = (output / name).stat()
+        except FileNotFoundError:
+            if not (output / name).is_symlink():
+                continue
+            status = None
+        if name not in own or status is None or (status.st_dev, status.st_ino) in given:
+            raise ValueError(
+                f"--output {output}: {output / name} exists and would be replaced, but is not the result of an "
+                "earlier detection: expected another folder"
+            )
+
+
+def _earlier_copies(results: Path) -> set[str] | None:
+    """The annotated copies that a file of results names; None where it is missing or of another kind."""
+    try:
+        found = json.loads(results.read_bytes())
+        is_own = bool(found) and all(image.keys() >= {"file", "detections"} for image in found)
+        return {image["annotated"] for image in found} if is_own else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def _check_input(image: object, name: str) -> Path | Image.Image:
@@ -205,7 +237,7 @@ def _check_input(image: object, name: str) -> Path | Image.Image:
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"{name}: a PIL image of mode {image.mode}: expected one of 8 bits per channel")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return turned(image, orientation_of(image))
     if not isinstance(image, np.ndarray):
         found = type(image).__name__
     elif image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
@@ -225,11 +257,11 @@ def _describe(found: DetectionTable, names: Mapping[int, str]) -> list[dict[str,
 
 
 def _write_annotated(
-    source: Path, target: Path, found: DetectionTable, names: Mapping[int, str], drawn_score: float
+    upright: Image.Image, target: Path, found: DetectionTable, names: Mapping[int, str], drawn_score: float
 ) -> None:
     drawn = found.scores >= drawn_score
     image = draw_detections(
-        _read_upright(source),
+        upright,
         xywh_to_ltrb(found.boxes_xywh[drawn]),
         [names[category_id] for category_id in found.category_ids[drawn].tolist()],
         found.scores[drawn],
@@ -240,19 +272,25 @@ def _write_annotated(
     write_atomically(target, buffer.getvalue())
 
 
-def _read_upright(path: Path) -> Image.Image:
+def _read_upright(path: str, orientation: int | None = None) -> Image.Image:
+    """The image of a file, turned upright. orientation: as found before; None to look for it."""
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return turned(image, orientation_of(image) if orientation is None else orientation)
 
 
 def _copy_names(file_names: Sequence[str]) -> list[str]:
-    """Return the file name of each annotated copy: that of the image, numbered where two images have the same."""
+    """Return the file name of each annotated copy: that of the image, numbered where two images have the same.
+
+    It is cut where it would be longer than a file system takes.
+    """
     names: list[str] = []
+    taken = {RESULTS}
     for file_name in file_names:
-        stem, number = Path(file_name).stem, 1
-        name = f"{stem}.jpg"
-        while name in names:
+        stem, number = os.fsencode(Path(file_name).stem), 1
+        name = stem[:_LONGEST_NAME] + b".jpg"
+        while os.fsdecode(name).lower() in taken:
             number += 1
-            name = f"{stem}_{number}.jpg"
-        names.append(name)
+            name = stem[:_LONGEST_NAME] + b"_%d.jpg" % number
+        names.append(os.fsdecode(name))
+        taken.add(names[-1].lower())  # some file systems do not tell them apart
     return names

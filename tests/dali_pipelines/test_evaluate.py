@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from pipelines import Item, eval_loader, image_set, odd_image, pixels, resized_by_pillow
 
 from dali_pipelines.batch import LabelledImages
+from dali_pipelines.evaluate import EvalLoader
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 40])
@@ -35,12 +37,39 @@ def test_a_pass_begins_anew_after_one_that_was_left(small: LabelledImages) -> No
     assert torch.equal(torch.cat([batch.images for batch in loader]), torch.cat([batch.images for batch in again]))
 
 
-def test_orientation_is_applied_only_where_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_they_should_be(tmp_path: Path, orientation: int) -> None:
+    names = ("stored.png", "also stored.png")
+    for name in names:
+        odd_image(tmp_path / name)
+    images = image_set(tmp_path, [Item(name, (64, 96), []) for name in names])
+    with Image.open(tmp_path / names[0]) as image:
+        image.getexif()[0x0112] = orientation
+        expected = np.asarray(ImageOps.exif_transpose(image).resize((32, 32), Image.Resampling.BILINEAR), np.float64)
+    turned = next(iter(eval_loader(images, orientations=np.array([1, orientation], np.uint8))))
+    assert np.abs(pixels(turned.images)[1] - expected).mean() < 1
+    assert np.abs(pixels(turned.images)[0] - resized_by_pillow(tmp_path / names[0], 32)).mean() < 1
+
+
+def test_metadata_turn_nothing_by_themselves(tmp_path: Path) -> None:
     odd_image(tmp_path / "rotated.jpg")
-    stored = resized_by_pillow(tmp_path / "rotated.jpg", 32)
-    images = image_set(tmp_path, [Item("rotated.jpg", (96, 64), [])])
-    upright = next(iter(eval_loader(images, apply_orientation=True)))
-    assert np.abs(pixels(upright.images)[0] - np.rot90(stored, -1)).mean() < 1.5
-    assert upright.sizes_hw.tolist() == [[96, 64]]
+    images = image_set(tmp_path, [Item("rotated.jpg", (64, 96), [])])
     as_stored = next(iter(eval_loader(images)))
-    assert np.abs(pixels(as_stored.images)[0] - stored).mean() < 1
+    assert np.abs(pixels(as_stored.images)[0] - resized_by_pillow(tmp_path / "rotated.jpg", 32)).mean() < 1
+
+
+def test_a_batch_that_is_not_full_decodes_no_image_twice(
+    small: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[np.ndarray]] = []
+    original = EvalLoader._names
+
+    def names(self: EvalLoader, batch: int) -> list[np.ndarray]:
+        given.append(original(self, batch))
+        return given[-1]
+
+    monkeypatch.setattr(EvalLoader, "_names", names)
+    loader = eval_loader(small, batch_size=7)
+    list(loader)
+    first_pass = [name.tobytes() for batch in given[: len(loader)] for name in batch]
+    assert len(first_pass) == len(set(first_pass)) == len(small.file_names)

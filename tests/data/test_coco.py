@@ -185,7 +185,7 @@ def test_found_images_have_the_size_that_viewers_show(tmp_path: Path) -> None:
     save_rotated(tmp_path / "a.jpg")
     Image.new("RGB", (60, 40)).save(tmp_path / "b.PNG")
     (tmp_path / "notes.txt").write_text("not taken from a folder")
-    images = find_images([tmp_path], bad_images="error")
+    images = find_images([tmp_path], bad_images="error").images
     assert [Path(name).name for name in images.file_names] == ["a.jpg", "b.PNG"]
     assert images.sizes_hw.tolist() == [[60, 40], [40, 60]]
 
@@ -196,7 +196,7 @@ def test_a_pattern_finds_the_files_that_match_it_and_a_name_that_looks_like_one_
         Image.new("RGB", (60, 40)).save(tmp_path / name)
 
     def names(pattern: str) -> list[str]:
-        found = find_images([tmp_path / pattern], bad_images="error")
+        found = find_images([tmp_path / pattern], bad_images="error").images
         return [str(Path(name).relative_to(tmp_path.resolve())) for name in found.file_names]
 
     assert names("b?.jpg") == ["b1.jpg", "b2.jpg"]
