@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file without its folder on the path
 import cuda_toolkit
@@ -85,4 +86,13 @@ def build_command():
     return BuildExtension
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": build_command()})
+class BuildPackages(build_py):
+    """Also puts the recipes into the package; in a checkout they are found beside it."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("configs", Path(self.build_lib, "ssd_fast", "recipes"), dirs_exist_ok=True)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": build_command(), "build_py": BuildPackages})

@@ -49,8 +49,8 @@ def load_detector(
     An array holds RGB as uint8 [H, W, 3]. A call returns boxes in pixels, scores and class names of each image.
 
     path: checkpoint, such as best.pt of a run, or weights of the MLPerf reference.
-    config: recipe or configuration in place of the checkpoint's own.
-    annotations: COCO JSON with the class names. Weights of the MLPerf reference need this and a config.
+    config: recipe or configuration in place of the checkpoint's own; weights of the MLPerf reference need one.
+    annotations: COCO JSON with the class names, for weights without names whose classes are not COCO's.
     device: None for the GPU, or the CPU where there is none.
     Raises ValueError that names the file for one that is not a checkpoint or does not fit the configuration.
     """

@@ -10,9 +10,18 @@ from typing import Annotated
 import typer
 
 from ssd_fast import exit_status
-from ssd_fast.config.recipe import load_config
+from ssd_fast.config.recipe import load_config, recipe_folder
 from ssd_fast.files import check_writable
 from ssd_fast.loadgen.settings import Scenario
+from ssd_fast.options import (
+    AnnotationsOption,
+    CheckpointOption,
+    DataOption,
+    OwnConfigOption,
+    RecipeFolderOption,
+    RecipeOption,
+    SetOption,
+)
 
 # Verbs import their modules when they run, so that help and a mistyped recipe do not wait for torch.
 
@@ -22,23 +31,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe. Repeatable."),
-]
-RecipeOption = Annotated[Path, typer.Option("--config", help="Recipe (TOML).", show_default=False)]
-DataOption = Annotated[Path, typer.Option("--data", help="Data folder in COCO's layout.", show_default=False)]
-OwnConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Recipe (TOML) in place of the checkpoint's own.", show_default=False)
-]
-CheckpointOption = Annotated[
-    Path, typer.Option("--checkpoint", help="Checkpoint, or weights of the MLPerf reference.", show_default=False)
-]
-AnnotationsOption = Annotated[
-    Path | None,
-    typer.Option(help="COCO JSON with class names, which weights of the MLPerf reference need.", show_default=False),
-]
 
 
 @app.command()
@@ -282,7 +274,7 @@ def _check_folder(output: Path | None) -> None:
 def scaling(
     timeline: Annotated[Path, typer.Option(help="File that HOROVOD_TIMELINE named in a run.", show_default=False)],
     cluster: Annotated[str, typer.Option(help="Cluster to assume: c4140, dgx_a100 or h200.")] = "c4140",
-    recipes: Annotated[Path, typer.Option(help="Folder with the recipes of the cluster.")] = Path("configs"),
+    recipes: RecipeFolderOption = None,
     run: Annotated[
         list[str] | None,
         typer.Option(metavar="GPUSxBATCH", help="GPUs and images per GPU in place of the cluster's own; repeatable."),
@@ -297,7 +289,7 @@ def scaling(
     """Estimate the speed of many GPUs, and the term that limits it, from gradients measured in a small run."""
     from ssd_fast.profiling import scaling as model
 
-    assumed = model.change_cluster(model.load_cluster(cluster, recipes), assume or ())
+    assumed = model.change_cluster(model.load_cluster(cluster, recipes or recipe_folder()), assume or ())
     runs = [model.parse_run(text) for text in run or ()] or assumed.runs
     print(model.format_scaling(timeline, assumed, runs, bytes_per_element=2 if fp16_compression else 4))
 
@@ -392,6 +384,11 @@ def main() -> None:
         if isinstance(error, OSError) and error.filename and error.strerror:
             sys.exit(f"error: {error.filename}: {error.strerror}")
         sys.exit(f"error: {error}")
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # of `| head`, which has enough: Python's own flush at the end must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -33,8 +33,13 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def unfinished(path: Path) -> Path:
+    """A name for a file that will get the name of path once it is complete; remove_leftovers knows it."""
+    return path.with_name(_PREFIX + path.name)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a process that was killed within write_atomically left in a folder, which nobody else writes to."""
+    """Delete the unfinished files that a killed process left in a folder, which no other process writes to now."""
     for path in folder.glob(f"{_PREFIX}*"):
         path.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """The command line on real files: what it prints and writes, and how it refuses."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -244,6 +245,18 @@ def to_reference_layout(state: dict[str, torch.Tensor], boxes_per_cell: int) -> 
     return converted
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["scaling", "--help"], ["profile"]])
+def test_a_closed_standard_output_ends_quietly(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ssd_fast", *arguments]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert ended.returncode in (0, 1)
+    assert "Traceback" not in ended.stderr
+    assert "Exception" not in ended.stderr
+
+
 def test_weights_of_the_mlperf_reference_serve_with_a_recipe_and_class_names(
     run: Run, checkpoint: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:
@@ -256,7 +269,7 @@ def test_weights_of_the_mlperf_reference_serve_with_a_recipe_and_class_names(
     detect = ("detect", "--checkpoint", weights, "--output", tmp_path / "out", image, "--config", recipe)
     status, _, err = run(*detect)
     assert status == 1
-    assert "weights.pth: holds weights only: expected" in err
+    assert "weights.pth: holds weights of 5 classes without their names: expected COCO's 80, or an annotation" in err
     status, _, _ = run(*detect, "--annotations", synthetic_set / "annotations" / "instances_val2017.json")
     assert status == 0
 

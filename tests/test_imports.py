@@ -18,6 +18,7 @@ ROOMS = (
     "ssd_fast.files",
     "ssd_fast.tables",
     "ssd_fast.parts",
+    "ssd_fast.options",
     "ssd_fast.config",
     "ssd_fast.progress",
     "ssd_fast.timing",
@@ -58,7 +59,7 @@ OWNERS = {
         "ssd_fast/config/recipe.py",
         "ssd_fast/profiling/profile.py",
     },
-    "typer": {"ssd_fast/__main__.py"},
+    "typer": {"ssd_fast/__main__.py", "ssd_fast/options.py"},
     "msgspec": {"ssd_fast/data/annotations.py", "ssd_fast/evaluation/coco_eval.py"},
 }
 

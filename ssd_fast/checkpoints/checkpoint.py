@@ -13,7 +13,7 @@ from ssd_fast.checkpoints.weights import read_torch_file
 from ssd_fast.config.recipe import ConfigError, validate_config
 from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import Category
-from ssd_fast.files import write_atomically
+from ssd_fast.files import unfinished, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def numbered_path(folder: Path, step: int) -> Path:
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Make target the same file as source, without copying where the file system has hard links."""
-    link = target.with_name(f".{target.name}.link")
+    link = unfinished(target)
     link.unlink(missing_ok=True)
     try:
         link.hardlink_to(source)

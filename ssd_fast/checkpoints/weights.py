@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from ssd_fast.checkpoints.pickled_module import read_pickled_module
+from ssd_fast.config.sections import ModelConfig
 from ssd_fast.model.ssd import SSD
 
 Source = Path | Mapping[str, Any]
@@ -28,9 +29,12 @@ _REFERENCE_PREFIXES = {
     "box_heads.": "loc.",
     "class_heads.": "conf.",
 }
+_STATE_KEYS = ("model", "state_dict", "model_state_dict")
+# Of DistributedDataParallel, torch.compile, and of a network that is an attribute of another.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 # Errors that torch.load was seen to raise for truncated files and for files with changed bytes.
 _DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
-_HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)")
+HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)")
 
 
 def read_torch_file(path: Path) -> Any:
@@ -57,17 +61,18 @@ def read_torch_file(path: Path) -> Any:
 
 
 def read_state_dict(source: Source) -> dict[str, Tensor]:
-    """Return the tensors of a state dict by name, without the prefix "module." if all names have it.
+    """Return the tensors of a state dict by name, without prefixes that wrappers put before all names.
 
-    source: a file of torch.save, or its content: a state dict, or a dict with a state dict under the key "model".
+    source: a file of torch.save, or its content: a state dict, or a dict that holds one under a usual key.
     Raises ValueError for a file that cannot be read or holds something else.
     """
     where = str(source) if isinstance(source, Path) else "state dict"
     state = read_torch_file(source) if isinstance(source, Path) else source
-    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
-        state = state["model"]
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f'{where}: expected a state dict, or one under the key "model"; found {_describe(state)}')
+        keys = " or ".join(f'"{key}"' for key in _STATE_KEYS)
+        raise ValueError(f"{where}: expected a state dict, or one under the key {keys}; found {_describe(state)}")
     foreign = [
         f"{name!r}: {_describe(value)}"
         for name, value in state.items()
@@ -75,8 +80,9 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
     ]
     if foreign:
         raise ValueError(f"{where}: expected a tensor under every name; found {', '.join(foreign[:5])}")
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    while prefix := next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in state)), ""):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 def layout_of(source: Source) -> Literal["ours", "reference"]:
@@ -103,26 +109,7 @@ def load_weights(model: SSD, source: Source) -> None:
     """
     state = read_state_dict(source)
     is_reference = layout_of(state) == "reference"
-    _fill(model, _from_reference(model, state) if is_reference else state, reference_names=is_reference)
-
-
-def load_for_finetuning(model: SSD, source: Source) -> list[str]:
-    """Fill the model from a detector of other classes; return the names of the heads that were not filled.
-
-    source: state dict of this detector or of the MLPerf reference. A head (such as "class_heads.0") is left as it is,
-    weight and bias, if one of the two is missing or of another shape.
-    Raises ValueError that names every other entry that is missing, unexpected, or of the wrong shape.
-    """
-    state = read_state_dict(source)
-    is_reference = layout_of(state) == "reference"
-    if is_reference:
-        state = _from_reference(model, state)
-    own = model.state_dict()
-    heads = {name: match["head"] for name in own if (match := _HEAD.fullmatch(name))}
-    left = {head for name, head in heads.items() if name not in state or state[name].shape != own[name].shape}
-    state |= {name: own[name] for name, head in heads.items() if head in left}
-    _fill(model, state, reference_names=is_reference)
-    return [name for name, _ in model.named_modules() if name in left]
+    fill(model, _from_reference(model, state) if is_reference else state, reference_names=is_reference)
 
 
 def load_backbone_weights(model: SSD, source: str) -> None:
@@ -137,7 +124,7 @@ def load_backbone_weights(model: SSD, source: str) -> None:
     path = _imagenet_file(model.config.backbone) if source == "imagenet" else Path(source)
     state = read_state_dict(path)
     try:
-        _fill(model.backbone, {name: state[name] for name in state if not name.startswith(("layer4.", "fc."))})
+        fill(model.backbone, {name: state[name] for name in state if not name.startswith(("layer4.", "fc."))})
     except ValueError as error:
         raise ValueError(f"{path} is not of a {model.config.backbone}: {error}") from None
 
@@ -178,6 +165,19 @@ def _reference_name(own_name: str) -> str:
     return own_name
 
 
+def own_layout(model: SSD, source: Source) -> dict[str, Tensor]:
+    """Return a state dict under our names, also one of the MLPerf reference."""
+    state = read_state_dict(source)
+    return _from_reference(model, state) if layout_of(state) == "reference" else state
+
+
+def class_count(model_config: ModelConfig, source: Source) -> int:
+    """Return the number of classes of a state dict, without the background. Raises ValueError as layout_of does."""
+    state = read_state_dict(source)
+    bias = state.get("class_heads.0.bias" if layout_of(state) == "ours" else "conf.0.bias")
+    return 0 if bias is None else len(bias) // model_config.anchors_per_cell()[0] - 1
+
+
 def _from_reference(model: SSD, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the reference's tensors under our names, with box-major heads. Unknown names stay as they are.
 
@@ -189,20 +189,20 @@ def _from_reference(model: SSD, state: Mapping[str, Tensor]) -> dict[str, Tensor
         if reference_name.rpartition(".")[2].startswith("dboxes"):
             continue
         name = _own_name(reference_name)
-        match = _HEAD.fullmatch(name)
+        match = HEAD.fullmatch(name)
         converted[name] = _box_major(tensor, boxes_per_cell.get(int(match["level"]), 1)) if match else tensor
     return converted
 
 
 def _box_major(tensor: Tensor, boxes_per_cell: int) -> Tensor:
-    """Reorder [values x boxes, ...] to [boxes x values, ...]. `_fill` rejects sizes that do not divide."""
+    """Reorder [values x boxes, ...] to [boxes x values, ...]. `fill` rejects sizes that do not divide."""
     if tensor.dim() == 0 or tensor.shape[0] % boxes_per_cell:
         return tensor
     return tensor.unflatten(0, (-1, boxes_per_cell)).transpose(0, 1).flatten(0, 1)
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], *, reference_names: bool = False) -> None:
-    """Load all entries, or none with a ValueError that names all entries that do not fit.
+def fill(module: nn.Module, state: dict[str, Tensor], *, reference_names: bool = False) -> None:
+    """Load all entries into a module, or none with a ValueError that names all entries that do not fit.
 
     num_batches_tracked may be missing: old versions of torch did not save it, and nothing here reads it.
     reference_names: name the entries as in the reference.

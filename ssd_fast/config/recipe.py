@@ -18,11 +18,12 @@ class ConfigError(ValueError):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of a recipe.
 
-    path: TOML file. Its top-level key `base` may name another recipe, relative to it, whose values it changes; that one
-    may not have a `base` itself.
+    path: TOML file, or the name of one that comes with the program, such as "ssd300". Its top-level key `base` may name
+    another recipe, relative to it, whose values it changes; that one may not have a `base` itself.
     overrides: "section.key=value" each, with the value in TOML's notation; a bare word is a string.
     Raises ConfigError, which lists every key that is unknown, has the wrong type or contradicts another.
     """
+    path = _named(path)
     values = _read_toml(path)
     base = values.pop("base", None)
     if base is not None:
@@ -34,6 +35,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             )
         values = _merge(base_values, values)
     return validate_config(values, source=str(path), overrides=overrides)
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes that come with the program: within the package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _named(path: Path) -> Path:
+    """The path of a recipe that comes with the program, if path is its name and no file."""
+    if path.suffix or len(path.parts) != 1 or path.exists():
+        return path
+    known = {file.stem: file for file in sorted(recipe_folder().glob("*.toml"))}
+    if path.name not in known:
+        raise ConfigError(f"{path}: no such recipe: expected a file, or one of {', '.join(known)}")
+    return known[path.name]
 
 
 def override_config(config: Config, overrides: Sequence[str], *, source: str) -> Config:

@@ -139,8 +139,7 @@ def read_set(
     only_annotated: leave out images without any annotation, as the MLPerf reference does.
     Raises DataError for a missing or malformed file, ids that repeat or refer to nothing, and an empty set.
     """
-    is_large = annotation_file.is_file() and annotation_file.stat().st_size >= _LARGE_BYTES
-    if not is_large:
+    if not is_large(annotation_file):
         return _read(annotation_file, image_dir, classes, with_crowds, only_annotated)
     name = cache.entry_name("set", annotation_file.absolute(), classes, with_crowds, only_annotated)
     status = annotation_file.stat()
@@ -154,6 +153,11 @@ def read_set(
         texts |= {"bad_boxes": found.bad_boxes, "doubt": found.doubt, "sha256": _digest(annotation_file)}
         cache.store_entry(name, facts | texts, {key: getattr(found.images, key) for key in _ARRAYS})
     return found
+
+
+def is_large(annotation_file: Path) -> bool:
+    """Whether reading a file takes so long that what was found is kept."""
+    return annotation_file.is_file() and annotation_file.stat().st_size >= _LARGE_BYTES
 
 
 _ARRAYS = ("image_ids", "sizes_hw", "boxes_ltrb", "labels", "offsets")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ssd_fast.background import BackgroundCall
 from ssd_fast.config.sections import Config, DataConfig
-from ssd_fast.data.coco import CocoSet, ReadSet, check_images, read_set
+from ssd_fast.data.coco import CocoSet, ReadSet, check_images, is_large, read_set
 from ssd_fast.data.images import set_largest_image
 from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.slurm import read_launch
@@ -63,7 +63,7 @@ def load_sets(config: Config, data_dir: Path, world: World, reading: Reading | N
     found: ReadSets | Exception | None = None
     if world.is_main:
         reading = reading or BackgroundCall("read the annotations", read_sets, config.data, data_dir)
-        if not reading.is_done():
+        if is_large(data_dir / config.data.train_annotations) and not reading.is_done():
             logger.info("reading %s", data_dir / config.data.train_annotations)
         try:
             found = reading.result()

@@ -11,12 +11,13 @@ from torch import Tensor
 import kernels
 from dali_pipelines.batch import EvalBatch
 from ssd_fast.checkpoints.checkpoint import CheckpointError, is_checkpoint, parse_checkpoint
-from ssd_fast.checkpoints.weights import load_weights, read_torch_file
+from ssd_fast.checkpoints.weights import class_count, load_weights, read_torch_file
 from ssd_fast.config.recipe import override_config
 from ssd_fast.config.sections import Config, DetectionConfig
 from ssd_fast.data.annotations import Category
 from ssd_fast.data.boxes import ltrb_to_xywh
 from ssd_fast.data.coco import CocoSet
+from ssd_fast.data.coco_classes import COCO_CATEGORIES
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
 from ssd_fast.hardware import compute_dtype
@@ -154,7 +155,7 @@ def load_detector(
 
     path: checkpoint of this program, or weights of the MLPerf reference.
     config: None for the checkpoint's own configuration, changed by overrides ("section.key=value" each).
-    categories: classes for weights of the reference, which hold neither class names nor a configuration.
+    categories: classes for weights of the reference, which hold no class names; None for COCO's.
     Raises ValueError that names the file and what does not fit.
     """
     content = read_torch_file(path)
@@ -163,19 +164,30 @@ def load_detector(
         checkpoint = parse_checkpoint(content, path)
         config = config or override_config(checkpoint.config, overrides, source=str(path))
         categories, weights = checkpoint.categories, checkpoint.model
-    elif config is None or categories is None:
-        raise CheckpointError(
-            f"{path}: holds weights only: expected a recipe (--config) and a COCO annotation file with class names "
-            "(--annotations; evaluate and benchmark read that of --data)"
-        )
+    elif config is None:
+        raise CheckpointError(f"{path}: holds weights only: expected a recipe (--config) with it")
     else:
         weights = content
+        categories = categories or _coco_categories(path, config, weights)
     model = SSD(config.model, num_classes=len(categories))
     try:
         load_weights(model, weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return make_detector(model, config, categories, device), config
+
+
+def _coco_categories(path: Path, config: Config, weights: Mapping[str, Any]) -> tuple[Category, ...]:
+    try:
+        count = class_count(config.model, weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if count != len(COCO_CATEGORIES):
+        raise CheckpointError(
+            f"{path}: holds weights of {count} classes without their names: expected COCO's {len(COCO_CATEGORIES)}, or "
+            "an annotation file that names them (--annotations)"
+        )
+    return COCO_CATEGORIES
 
 
 def make_detector(model: SSD, config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:

@@ -68,7 +68,7 @@ def export_onnx(
     """Write the detector of a checkpoint to an ONNX file, after comparing it with PyTorch.
 
     checkpoint, config, overrides: as for `load_detector`.
-    annotations: COCO JSON with the class names, for weights of the MLPerf reference.
+    annotations: COCO JSON with the class names, for weights without names whose classes are not COCO's.
     with_decode: include decoding and non-maximum suppression.
     Raises ValueError for a checkpoint that cannot be used, and ExportError.
     """

@@ -162,7 +162,7 @@ def detect_files(
 
     checkpoint, config, overrides: as for `load_detector`.
     paths: image files, folders of them, or patterns. output: folder, made if missing.
-    annotations: COCO JSON with the class names, for weights of the MLPerf reference.
+    annotations: COCO JSON with the class names, for weights without names whose classes are not COCO's.
     drawn_score: detections under this probability are written to the JSON only.
     """
     device = World().device()

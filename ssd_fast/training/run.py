@@ -15,7 +15,8 @@ from ssd_fast.checkpoints.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from ssd_fast.checkpoints.weights import load_backbone_weights, load_for_finetuning
+from ssd_fast.checkpoints.finetuning import load_for_finetuning
+from ssd_fast.checkpoints.weights import load_backbone_weights
 from ssd_fast.config.recipe import dump_toml
 from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import make_eval_loader, make_train_loader
@@ -23,7 +24,7 @@ from ssd_fast.data.sets import Reading, TrainAndVal, load_sets
 from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector
-from ssd_fast.files import write_atomically
+from ssd_fast.files import remove_leftovers, write_atomically
 from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
@@ -296,6 +297,8 @@ def _open(folder: RunFolder, *, resume: bool) -> Saved | None:
         raise CheckpointError(
             f"{folder.path}: holds a run already: expected another --output, or --resume to go on with it"
         )
+    for place in (folder.path, folder.checkpoints):
+        remove_leftovers(place)
     folder.interrupted.unlink(missing_ok=True)
     folder.new_detections.unlink(missing_ok=True)
     checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
@@ -322,19 +325,17 @@ def _initial_model(config: Config, sets: TrainAndVal, world: World, *, fresh: bo
     model = SSD(config.model, num_classes=len(sets.train.categories))
     if fresh:
         if world.is_main:
-            _load_initial_weights(model, config)
+            _load_initial_weights(model, config, [category.name for category in sets.train.categories])
         model.load_state_dict(world.broadcast(model.state_dict()))
     return model
 
 
-def _load_initial_weights(model: SSD, config: Config) -> None:
+def _load_initial_weights(model: SSD, config: Config, classes: list[str]) -> None:
     initial = config.model.initial_checkpoint
     if initial is None:
         load_backbone_weights(model, config.model.backbone_weights)
         return
-    fresh = load_for_finetuning(model, Path(initial))
-    if fresh:
-        logger.warning("%s does not fit these classes: heads initialised anew: %s", initial, fresh)
+    logger.info("%s: %s", initial, load_for_finetuning(model, Path(initial), classes).describe())
 
 
 def _is_finished(config: Config, steps_per_epoch: int, step: int, scores: Scores) -> bool:

@@ -27,6 +27,7 @@ from ssd_fast.checkpoints.checkpoint import (
     numbered_path,
     save_checkpoint,
 )
+from ssd_fast.files import unfinished
 from ssd_fast.model.loss import Loss
 from ssd_fast.training.history import read_metrics
 from ssd_fast.training.run import train
@@ -67,6 +68,7 @@ def test_a_run_leaves_its_records_and_images(finished: Path) -> None:
     left = {path.name for path in finished.iterdir()}
     assert left >= {"config.toml", "train.log", "metrics.jsonl", "tensorboard", "mlperf.log", "checkpoints"}
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {BEST, f"step_{STEPS:09d}.pt"}
+    assert not list(finished.rglob(".*"))
     for name in ("curves.png", "detections.png", "precision_recall.png"):
         with Image.open(finished / name) as image:
             assert min(image.size) >= 300
@@ -169,11 +171,15 @@ def test_a_killed_run_goes_on_exactly_from_its_newest_good_checkpoint(
     saved = sorted((output / "checkpoints").glob("step_*.pt"))
     newest = saved[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
+    for place in (output, output / "checkpoints"):
+        unfinished(place / "step_000000007.pt").write_bytes(b"of a process that was killed while it wrote")
+        (place / ".of the user").touch()
     before = newest_checkpoint(output / "checkpoints")
     assert before is not None
     assert f"step_{before.step:09d}.pt" == saved[-2].name
     assert train(tiny_config(), synthetic_set, output, resume=True).stopped_by == 0
     assert_same_end(output, finished, STEPS)
+    assert {path.name for path in output.rglob(".*")} == {".of the user"}
 
 
 def test_resume_without_a_run_begins_one(synthetic_set: Path, tmp_path: Path, finished: Path) -> None:
@@ -271,14 +277,15 @@ def test_a_run_of_other_classes_or_another_model_cannot_be_resumed(
         train(tiny_config(("training.epochs=3", 'data.classes=["checkered disc"]')), synthetic_set, copy, resume=True)
 
 
-def test_a_detector_of_other_classes_is_fine_tuned_and_its_new_heads_are_named(
+def test_a_detector_of_other_classes_is_fine_tuned_and_its_classes_are_named(
     finished: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:
     initial = f"model.initial_checkpoint={finished / 'checkpoints' / BEST}"
     classes = 'data.classes=["checkered disc", "striped bar"]'
     output = tmp_path / "run"
     train(tiny_config((initial, classes, "optimizer.learning_rate=1e-9")), synthetic_set, output, resume=False)
-    assert "heads initialised anew: ['class_heads.0'" in (output / "train.log").read_text()
+    kept = "classes kept by name: checkered disc, striped bar; not used: dotted triangle"
+    assert kept in (output / "train.log").read_text()
     old, new = load_checkpoint(finished / "checkpoints" / BEST), load_checkpoint(output / "checkpoints" / BEST)
     assert [category.name for category in new.categories] == ["checkered disc", "striped bar"]
     assert new.model["class_heads.0.weight"].shape[0] * 2 == old.model["class_heads.0.weight"].shape[0]
