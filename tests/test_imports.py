@@ -45,7 +45,7 @@ OWNERS = {
     "apex": {"ssd_fast/training/optim.py"},
     "mlperf_loadgen": {"ssd_fast/loadgen/run.py"},
     "mlperf_logging": {"ssd_fast/training/mlperf_log.py"},
-    "matplotlib": {"ssd_fast/evaluation/draw.py", "ssd_fast/training/curves.py", "ssd_fast/profiling/charts.py"},
+    "matplotlib": {"ssd_fast/evaluation/fonts.py", "ssd_fast/training/curves.py", "ssd_fast/profiling/charts.py"},
     "jinja2": {"ssd_fast/profiling/report.py"},
     "torch.utils.tensorboard": {"ssd_fast/training/history.py"},
     "onnx": {"ssd_fast/evaluation/export.py"},

@@ -5,14 +5,13 @@ import io
 import itertools
 import zlib
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ssd_fast.evaluation.fonts import font_for, warn_of_missing_letters
 from ssd_fast.files import write_atomically
 
 Colour = tuple[int, int, int]
@@ -64,21 +63,23 @@ def draw_detections(
         raise ValueError(f"scores has shape {np.shape(scores)}: expected ({len(boxes)},), one per box")
     scale = (canvas.width * canvas.height) ** 0.5
     line_width = max(1, round(scale / 180))
-    font = _font(font_size or max(10, round(scale / 36)))
+    font_size = font_size or max(10, round(scale / 36))
+    warn_of_missing_letters(class_names)
     draw = ImageDraw.Draw(canvas)
 
     order = range(len(boxes)) if scores is None else np.argsort(-np.asarray(scores), kind="stable").tolist()
     drawn = [(row, pixels) for row in order if (pixels := _visible_pixels(boxes[row], canvas.size)) is not None]
     for row, pixels in reversed(drawn):
         _draw_outline(draw, pixels, _colour_of(labels[row], class_names), line_width)
-    placed: list[tuple[Area, str, Colour]] = []
+    placed: list[tuple[Area, str, Colour, ImageFont.FreeTypeFont]] = []
     for row, pixels in drawn:
         text = labels[row] if scores is None else f"{labels[row]} {scores[row]:.2f}"
+        font = font_for(text, font_size)
         text, size = _fitting_text(text, font, canvas.size)
-        area = _place_label(pixels, size, canvas.size, [area for area, _, _ in placed]) if text else None
+        area = _place_label(pixels, size, canvas.size, [area for area, *_ in placed]) if text else None
         if area is not None:
-            placed.append((area, text, _colour_of(labels[row], class_names)))
-    for area, text, colour in reversed(placed):
+            placed.append((area, text, _colour_of(labels[row], class_names), font))
+    for area, text, colour, font in reversed(placed):
         _draw_label(draw, area, text, colour, font)
     return canvas
 
@@ -99,7 +100,7 @@ def draw_grid(
     """
     if not cells:
         raise ValueError("cells is empty: expected at least one image")
-    gap, font = 12, _font(13)
+    gap, font = 12, font_for("", 13)
     line = sum(font.getmetrics())
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
@@ -114,8 +115,9 @@ def draw_grid(
         draw.rectangle((left, top, left + width - 1, top + height - 1), fill=(240, 240, 240))
         image = _draw_cell(cell, cell_size, class_names)
         sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
-        caption = _shortened(cell.caption, font, width)
-        draw.text((left + width // 2, top + height + 4), caption, fill=(60, 60, 60), font=font, anchor="ma")
+        caption_font = font_for(cell.caption, 13)
+        caption = _shortened(cell.caption, caption_font, width)
+        draw.text((left + width // 2, top + height + 4), caption, fill=(60, 60, 60), font=caption_font, anchor="ma")
     buffer = io.BytesIO()
     sheet.save(buffer, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=90)
     write_atomically(path, buffer.getvalue())
@@ -191,17 +193,12 @@ def _fitting_text(text: str, font: ImageFont.FreeTypeFont, canvas: tuple[int, in
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     text = " ".join(text.split())  # getlength cannot measure line breaks
+    text = text.encode(errors="replace").decode()  # a file name need not be UTF-8
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text and text + "…"
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font that matplotlib brings along: it covers more alphabets than Pillow's."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
 def _colour_of(name: str, class_names: Sequence[str]) -> Colour:

@@ -4,6 +4,7 @@ Uses matplotlib without pyplot, so that no state is shared with others in the pr
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from ssd_fast.evaluation.fonts import font_families, warn_of_missing_letters
 from ssd_fast.files import write_atomically
 from ssd_fast.training.history import read_metrics
 
@@ -35,6 +37,7 @@ def plot_precision_recall(precision_50: np.ndarray, class_names: Sequence[str], 
     precision_50: [101, K], at recall 0, 0.01 ... 1; -1 for a class without ground truth (CocoScores.precision_50).
     class_names: K names.
     """
+    warn_of_missing_letters(class_names)
     _save_figure(_precision_recall_figure(precision_50, class_names), output)
 
 
@@ -173,7 +176,10 @@ def _precision_recall_figure(precision_50: np.ndarray, class_names: Sequence[str
         handles[:0] = axes.plot(recall, mean, color="black", linewidth=3, zorder=3)
         texts[:0] = [f"mean of {len(order)}  {mean.mean():.3f}"]
         texts = [text.replace("$", r"\$") for text in texts]
-        figure.legend(handles, texts, title="class, AP at IoU 0.50", frameon=False, loc="outside right upper")
+        prop = {"family": font_families(class_names)}
+        figure.legend(
+            handles, texts, title="class, AP at IoU 0.50", frameon=False, loc="outside right upper", prop=prop
+        )
     else:
         axes.text(0.5, 0.5, "no class has ground truth", ha="center", color=_GREY)
     _style(axes, title="Precision over recall at IoU 0.50", ylabel="precision (share of detections that are right)")
@@ -185,5 +191,7 @@ def _precision_recall_figure(precision_50: np.ndarray, class_names: Sequence[str
 
 def _save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # which warn_of_missing_letters says better
+        figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())

@@ -39,6 +39,7 @@ from ssd_fast.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+_MUST_STAY = ("training.batch_size", "training.seed")  # the order of images follows from them
 _MAY_CHANGE = ("model.backbone_weights", "model.initial_checkpoint")  # keys of the model that a resumed run ignores
 
 
@@ -114,8 +115,15 @@ class Run:
         self.records = Records(folder, config, world, device)
         logger.info("training on %s", sets.train.describe())
         logger.info("validating on %s", sets.val.describe())
+        scores = saved.scores if saved else Scores()
         if saved:
             _check_resumable(saved.checkpoint, config, sets, folder)
+            if scores.val_set and scores.val_set != sets.val.digest():
+                logger.warning(
+                    "%s differs from the validation set of the scores so far: mAPs before and after cannot be compared",
+                    sets.val.annotation_file,
+                )
+        scores.val_set = sets.val.digest()
 
         dtype = compute_dtype(config.training.precision, device)
         model = _initial_model(config, sets, world, fresh=saved is None)
@@ -142,7 +150,7 @@ class Run:
             world,
             folder,
             epochs=self.evaluation_epochs,
-            scores=saved.scores if saved else Scores(),
+            scores=scores,
             timeout_s=config.distributed.timeout_s,
         )
         self.stopped_by = 0
@@ -314,7 +322,7 @@ def _check_resumable(saved: Checkpoint, config: Config, sets: TrainAndVal, folde
     if saved.categories != sets.train.categories:
         raise CheckpointError(f"{folder.path}: its run has other classes: {[item.name for item in saved.categories]}")
     for key, old, new in _differences(saved.config, config):
-        if key.startswith("model.") and key not in _MAY_CHANGE:
+        if key in _MUST_STAY or (key.startswith("model.") and key not in _MAY_CHANGE):
             raise CheckpointError(f"{folder.path}: its run has {key} = {old!r}: expected the same, not {new!r}")
         logger.warning("the run in %s began with %s = %r; it continues with %r", folder.path, key, old, new)
 

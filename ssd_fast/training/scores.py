@@ -26,11 +26,15 @@ class Scores:
 
     by_epoch: the numbers, by epoch (counted from 1); the same on all ranks.
     curves: of the best epoch; None before the first evaluation, and on ranks other than 0.
+    val_set: what tells the validation set from others; empty for scores of an earlier version.
     """
 
-    def __init__(self, by_epoch: dict[int, dict[str, float]] | None = None, curves: BestCurves | None = None) -> None:
+    def __init__(
+        self, by_epoch: dict[int, dict[str, float]] | None = None, curves: BestCurves | None = None, val_set: str = ""
+    ) -> None:
         self.by_epoch = dict(by_epoch or {})
         self.curves = curves
+        self.val_set = val_set
 
     @property
     def best_map(self) -> float:
@@ -51,7 +55,11 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write everything as one JSON object; the file is replaced as a whole or not at all."""
-        content: dict[str, Any] = {"epochs": self.by_epoch, "best": self.curves and self.curves._asdict()}
+        content: dict[str, Any] = {
+            "epochs": self.by_epoch,
+            "best": self.curves and self.curves._asdict(),
+            "val_set": self.val_set,
+        }
         write_atomically(path, json.dumps(content).encode())
 
 
@@ -66,6 +74,7 @@ def read_scores(path: Path, *, until_epoch: int) -> Scores:
         content = json.loads(path.read_bytes())
         by_epoch = {int(epoch): numbers for epoch, numbers in content["epochs"].items() if int(epoch) <= until_epoch}
         curves = content["best"] and BestCurves(**content["best"])
+        val_set = str(content.get("val_set", ""))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected the scores of a run: {error}") from None
-    return Scores(by_epoch, curves if curves and curves.epoch <= until_epoch else None)
+    return Scores(by_epoch, curves if curves and curves.epoch <= until_epoch else None, val_set)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssd_fast.evaluation import draw as drawing
 from ssd_fast.evaluation.draw import GridCell, draw_detections, draw_grid
+from ssd_fast.evaluation.fonts import font_for
 
 GREY = (100, 100, 100)
 CLASSES = tuple(f"class {k}" for k in range(12))
@@ -111,7 +112,7 @@ def test_labels_lie_inside_the_image(data: st.DataObject) -> None:
     width, height = (data.draw(st.integers(1, 300)) for _ in "wh")
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = left, top, data.draw(st.integers(left, width - 1)), data.draw(st.integers(top, height - 1))
-    font = drawing._font(data.draw(st.integers(8, 40)))
+    font = font_for("", data.draw(st.integers(8, 40)))
     text, size = drawing._fitting_text(data.draw(st.text("aW…é \n", max_size=30)), font, (width, height))
     if text:
         place = drawing._place_label(box, size, (width, height), [])

@@ -277,6 +277,22 @@ def test_a_run_of_other_classes_or_another_model_cannot_be_resumed(
         train(tiny_config(("training.epochs=3", 'data.classes=["checkered disc"]')), synthetic_set, copy, resume=True)
 
 
+def test_what_else_has_changed_since_a_run_began_is_said(
+    finished: Path, synthetic_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy, data = tmp_path / "copy", tmp_path / "data"
+    for source, target in ((finished, copy), (synthetic_set, data)):
+        subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    with pytest.raises(CheckpointError, match=r"copy: its run has training\.batch_size = 8: expected the same, not 4"):
+        train(tiny_config(("training.epochs=3", "training.batch_size=4")), data, copy, resume=True)
+    annotations = data / "annotations" / "instances_val2017.json"
+    content = json.loads(annotations.read_text())
+    content["annotations"].pop()
+    annotations.write_text(json.dumps(content))
+    train(tiny_config(("training.epochs=3",)), data, copy, resume=True)
+    assert "instances_val2017.json differs from the validation set of the scores so far" in caplog.text
+
+
 def test_a_detector_of_other_classes_is_fine_tuned_and_its_classes_are_named(
     finished: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:
