@@ -1,10 +1,12 @@
 """Files that appear as a whole or not at all."""
 
+import contextlib
+import fcntl
 import os
 import tempfile
 from pathlib import Path
 
-_PREFIX = ".ssd_fast-"  # of a file that is not complete yet
+_PREFIX, _SUFFIX = ".ssd_fast-", ".unfinished"
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -18,13 +20,15 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         if path.exists() and not (path.is_file() or path.is_dir()):
             path.write_bytes(content)
             return
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_PREFIX)
+        descriptor, temporary = tempfile.mkstemp(_SUFFIX, _PREFIX, path.parent)
         with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # see remove_leftovers
             os.fchmod(descriptor, 0o666 & ~_UMASK)  # mkstemp's own is for secrets
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -35,13 +39,17 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 def unfinished(path: Path) -> Path:
     """A name for a file that will get the name of path once it is complete; remove_leftovers knows it."""
-    return path.with_name(_PREFIX + path.name)
+    return path.with_name(_PREFIX + path.name + _SUFFIX)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished files that a killed process left in a folder, which no other process writes to now."""
-    for path in folder.glob(f"{_PREFIX}*"):
-        path.unlink(missing_ok=True)
+    """Delete the unfinished files that a killed process left in a folder, but none that a process still writes."""
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        if not path.is_file() or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError), path.open("rb") as file:  # locked: it is being written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, option: str) -> None:
@@ -56,9 +64,8 @@ def check_writable(path: Path, option: str) -> None:
             return
         with tempfile.TemporaryFile(dir=folder):
             pass
-        path.stat()  # a name may be too long
-    except FileNotFoundError:
-        pass
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()  # a name may be too long
     except OSError as error:
         raise ValueError(f"{option} {path}: cannot be written: {error.strerror}") from None
 

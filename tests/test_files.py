@@ -1,12 +1,15 @@
 """Files that are whole or not there."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from ssd_fast.files import write_atomically
+from ssd_fast.files import check_writable, remove_leftovers, unfinished, write_atomically
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -30,3 +33,67 @@ def test_a_folder_in_its_place_is_an_error_that_names_it(tmp_path: Path) -> None
     with pytest.raises(OSError, match="not written") as error:
         write_atomically(tmp_path, b"")
     assert error.value.filename == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing/file", "no folder .*missing: expected a file in a folder that exists"),
+        ("folder", "is a folder: expected a file"),
+        ("old/file", "no folder .*old: expected"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_and_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old").write_bytes(b"old")
+    with pytest.raises(ValueError, match=f"--output {tmp_path / name}: {message}"):
+        check_writable(tmp_path / name, "--output")
+
+
+def test_a_folder_that_takes_no_files_is_refused_and_named() -> None:
+    with pytest.raises(ValueError, match="--output /proc/new: cannot be written: "):
+        check_writable(Path("/proc/new"), "--output")
+
+
+def test_a_check_of_a_place_leaves_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    for name in ("old", "new"):
+        check_writable(tmp_path / name, "--output")
+    check_writable(Path("/dev/null"), "--output")
+    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("old", b"old")]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ssd_fast import files
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+files.write_atomically(Path(sys.argv[1]), b"new")
+"""
+
+
+def test_what_a_killed_process_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+    unfinished(target).write_bytes(b"a link that was not renamed")
+    (tmp_path / ".ssd_fast-notes.txt").write_bytes(b"of the user")
+    (tmp_path / ".ssd_fast-folder.unfinished").mkdir()
+    remove_leftovers(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"file", ".ssd_fast-notes.txt", ".ssd_fast-folder.unfinished"}
+    assert target.read_bytes() == b"old"
+
+
+def test_what_a_process_still_writes_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        remove_leftovers(tmp_path)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(tmp_path / "file", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"new")]

@@ -178,6 +178,12 @@ def usable_categories(instances: Instances, annotation_file: Path) -> list[Categ
     return [item for item in found if item in kept]
 
 
+def describe_repeated(instances: Instances, kept: Sequence[CategoryEntry]) -> str:
+    """What usable_categories has left out, or nothing."""
+    left_out = [f"{item.name!r} (id {item.id})" for item in instances.categories if item not in kept]
+    return f"categories that repeat the name of another are left out: {', '.join(left_out)}" if left_out else ""
+
+
 def select_categories(
     instances: Instances, classes: Sequence[str] | None, annotation_file: Path
 ) -> tuple[Category, ...]:

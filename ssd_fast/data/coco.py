@@ -16,7 +16,14 @@ import numpy as np
 
 from dali_pipelines.batch import LabelledImages
 from ssd_fast.data import cache
-from ssd_fast.data.annotations import Category, Instances, read_instances, select_categories
+from ssd_fast.data.annotations import (
+    Category,
+    Instances,
+    describe_repeated,
+    read_instances,
+    select_categories,
+    usable_categories,
+)
 from ssd_fast.data.boxes import xywh_to_ltrb
 from ssd_fast.data.inspection import inspect_images
 from ssd_fast.data.policy import DataError, Policy, apply_policy
@@ -28,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 0.1  # pixels: narrower boxes have no area (COCO itself holds a few)
 _LARGEST = 2**31 - 1  # pixels
-_FEW_BOXES, _NEARLY_ALL = 20, 0.95
+_FEW_BOXES, _NEARLY_ALL = 5, 0.95
 _LARGE_BYTES = 16 * 2**20  # of an annotation file: smaller ones are read within a second
 
 
@@ -47,10 +54,11 @@ class CocoSet(NamedTuple):
     num_left_out_images: int
     num_left_out_boxes: int
 
-    @property
-    def has_boxes(self) -> bool:
-        """False for a set without annotations, such as a test set."""
-        return len(self.images.boxes_ltrb) + self.num_left_out_boxes > 0
+    def has_boxes_of(self, categories: Sequence[Category]) -> bool:
+        """Whether an image has a box of one of these categories, by their names; false for a test set."""
+        names = {category.name for category in categories}
+        labels = [label for label, category in enumerate(self.categories, start=1) if category.name in names]
+        return bool(np.isin(self.images.labels, labels).any())
 
     def digest(self) -> str:
         """What tells this set from others: its images, boxes and classes."""
@@ -60,15 +68,8 @@ class CocoSet(NamedTuple):
         return found.hexdigest()[:16]
 
     def ids_of(self, categories: Sequence[Category]) -> np.ndarray:
-        """[K] int64, the ids that this set gives to categories, by their names. Raises DataError when it lacks one."""
-        ids = {category.name: category.id for category in self.categories}
-        missing = [category.name for category in categories if category.name not in ids]
-        if missing:
-            raise DataError(
-                f"{self.annotation_file}: lacks the categories {missing}: expected all of "
-                f"{[category.name for category in categories]}, which the network detects"
-            )
-        return np.array([ids[category.name] for category in categories], dtype=np.int64)
+        """As find_ids, in this set."""
+        return find_ids(categories, self.categories, self.annotation_file)
 
     def describe(self) -> str:
         """One line on its contents."""
@@ -82,12 +83,28 @@ class CocoSet(NamedTuple):
         return f"{self.annotation_file}: " + "; ".join([counts, *left_out])
 
 
+def find_ids(categories: Sequence[Category], found: Sequence[Category], annotation_file: Path) -> np.ndarray:
+    """[K] int64, the ids that a file gives to categories, by their names. found: the categories of the file.
+
+    Raises DataError when the file lacks one.
+    """
+    ids = {category.name: category.id for category in found}
+    missing = [category.name for category in categories if category.name not in ids]
+    if missing:
+        raise DataError(
+            f"{annotation_file}: lacks the categories {missing}: expected all of "
+            f"{[category.name for category in categories]}, which the network detects"
+        )
+    return np.array([ids[category.name] for category in categories], dtype=np.int64)
+
+
 class ReadSet(NamedTuple):
     """A data set whose images have not been looked at.
 
     annotation_file, categories: as in CocoSet.
     images: all images, with their usable boxes.
-    bad_boxes: a text for each box that cannot be used. doubt: what is strange about all boxes, or nothing.
+    bad_boxes: a text for each box that cannot be used.
+    doubt: what is strange about categories or about all boxes, or nothing.
     """
 
     annotation_file: Path
@@ -228,6 +245,8 @@ def _read(
     if only_annotated:
         annotated = {annotation.image_id for annotation in instances.annotations}
         instances.images = [image for image in instances.images if image.id in annotated]
+        if not annotated:
+            raise DataError(f"{annotation_file}: no image has an annotation: expected some, as only those are wanted")
     categories = select_categories(instances, classes, annotation_file)
     image_ids = _unique_image_ids(instances, annotation_file)
     sizes_hw = np.array([(image.height, image.width) for image in instances.images], dtype=np.int32)
@@ -250,7 +269,9 @@ def _read(
         labels=truths.labels[usable][order].astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
-    return ReadSet(annotation_file, categories, images, bad_boxes, _doubt(truths.boxes_ltrb, sizes_hw[truths.owners]))
+    repeated = describe_repeated(instances, usable_categories(instances, annotation_file))
+    doubts = repeated, _doubt(truths.boxes_ltrb, sizes_hw[truths.owners])
+    return ReadSet(annotation_file, categories, images, bad_boxes, "; ".join(filter(None, doubts)))
 
 
 def _describe_bad(box_ltrb: np.ndarray, size_hw: np.ndarray) -> str:
@@ -310,6 +331,8 @@ def _ground_truths(
     category_ids = np.array([item.category_id for item in annotations], dtype=np.int64)
     crowd = np.array([item.iscrowd for item in annotations], dtype=bool)
     boxes_xywh = np.array([item.bbox for item in annotations], dtype=np.float64).reshape(-1, 4)
+    with np.errstate(over="ignore"):  # a box that ends beyond all numbers is a bad one
+        boxes_ltrb = xywh_to_ltrb(boxes_xywh)
 
     known_ids = np.array([item.id for item in instances.categories], dtype=np.int64)
     for key, values, known in (("image_id", owner_ids, image_ids), ("category_id", category_ids, known_ids)):
@@ -327,7 +350,7 @@ def _ground_truths(
     owners = by_id[np.searchsorted(image_ids, owner_ids[counts], sorter=by_id)]
     by_category = np.argsort(wanted_ids)
     labels = by_category[np.searchsorted(wanted_ids, category_ids[counts], sorter=by_category)] + 1
-    return _GroundTruths(np.flatnonzero(counts), owners, labels, xywh_to_ltrb(boxes_xywh[counts]))
+    return _GroundTruths(np.flatnonzero(counts), owners, labels, boxes_ltrb[counts])
 
 
 def _clip_boxes(boxes_ltrb: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,7 @@ def text(entry: Entry, key: str, default: str | None = None) -> str:
     return value
 
 
-def number(entry: Entry, key: str) -> float | None:
+def number(entry: Entry, key: str, expected: str = "a number") -> float | None:
     """A number, also one written as a text; None for one that is missing, null or not finite."""
     value = entry.values.get(key)
     if value is None:
@@ -73,16 +73,14 @@ def number(entry: Entry, key: str) -> float | None:
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        raise entry.error(key, "a number") from None
+        raise entry.error(key, expected) from None
     return found if math.isfinite(found) else None
 
 
 def flag(entry: Entry, key: str) -> bool:
-    """True for 1, 1.0 and true; false for 0, 0.0, false, null and a key that is missing."""
+    """True for 1, 1.0, "1" and true; false for 0, 0.0, "0", false, null, NaN and a key that is missing."""
     value = entry.values.get(key)
-    if value is not None and not isinstance(value, (bool, int, float)):
-        raise entry.error(key, "0 or 1")
-    return bool(value)
+    return value if isinstance(value, bool) else bool(number(entry, key, "0 or 1"))
 
 
 def box(entry: Entry) -> Box:

@@ -183,10 +183,10 @@ def _read_header(path: Path) -> _Header:
                 raise DataError(f"{path}: has more than 8 bits a channel: expected an 8-bit image")
             if image.mode == "CMYK" and "adobe" not in image.info:
                 raise DataError(f"{path}: a CMYK image without Adobe's marker: expected RGB, grey, or the marker")
-            header = _Header(image.height, image.width, orientation_of(image))
+            height, width = image.height, image.width
             if jpeg_size(str(path)) is None:  # it may be cut short, or be of a rare kind
-                image.load()
-            return header
+                image.load()  # before the orientation: asking for that loads a PNG too, and hides what is wrong with it
+            return _Header(height, width, orientation_of(image))
     except DataError:
         raise
     except FileNotFoundError:

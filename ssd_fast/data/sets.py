@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ssd_fast.background import BackgroundCall
 from ssd_fast.config.sections import Config, DataConfig
-from ssd_fast.data.coco import CocoSet, ReadSet, check_images, is_large, read_set
+from ssd_fast.data.coco import CocoSet, ReadSet, check_images, find_ids, is_large, read_set
 from ssd_fast.data.images import set_largest_image
 from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.slurm import read_launch
@@ -51,7 +51,9 @@ def read_sets(data: DataConfig, data_dir: Path) -> ReadSets:
         classes=data.classes,
         with_crowds=data.train_on_crowds,
     )
-    return ReadSets(train, read_set(data_dir / data.val_annotations, data_dir / data.val_images))
+    val = read_set(data_dir / data.val_annotations, data_dir / data.val_images)
+    find_ids(train.categories, val.categories, val.annotation_file)
+    return ReadSets(train, val)
 
 
 def load_sets(config: Config, data_dir: Path, world: World, reading: Reading | None = None) -> TrainAndVal:
@@ -82,7 +84,6 @@ def load_sets(config: Config, data_dir: Path, world: World, reading: Reading | N
     val = check_images(found.val, *policies, world=world)
     if len(train.images.boxes_ltrb) == 0:
         raise DataError(f"{train.annotation_file}: no image has a box to learn from")
-    if not val.has_boxes:
-        raise DataError(f"{val.annotation_file}: no image has a box to score detections by")
-    val.ids_of(train.categories)
+    if not val.has_boxes_of(train.categories):
+        raise DataError(f"{val.annotation_file}: no image has a box of these classes to score detections by")
     return TrainAndVal(train, val)

@@ -123,8 +123,8 @@ def score(
 ) -> CocoScores:
     """COCO's numbers of detections against an annotation file.
 
-    annotation_file: COCO instances JSON. `area` defaults to the area of the box, `iscrowd` to no crowd. A box that is
-    no list of four finite numbers is left out.
+    annotation_file: COCO instances JSON. `area` defaults to the area of the box, also where it is negative, and
+    `iscrowd` to no crowd. A box that is no list of four finite numbers is left out.
     image_ids, category_ids: those that count; by default all images (also those without boxes) and categories of the
     file.
     evaluator: both give the same bits; pycocotools takes about a minute for 500,000 detections.
@@ -256,7 +256,7 @@ def _normalise(
         truth_images=np.searchsorted(images, truth_images[truths]) + 1,
         truth_categories=np.searchsorted(categories, truth_categories[truths]) + 1,
         truth_boxes_xywh=boxes_xywh,
-        truth_areas=np.array([a.bbox[2] * a.bbox[3] if a.area is None else a.area for a in kept], np.float64),
+        truth_areas=np.array([_area(annotation) for annotation in kept], np.float64),
         truth_crowds=np.array([bool(a.iscrowd) for a in kept], np.int64),
         detections=np.column_stack(
             [
@@ -267,6 +267,12 @@ def _normalise(
             ]
         ).astype(np.float64),
     )
+
+
+def _area(annotation: Annotation) -> float:
+    """The area that the file states, square pixels, or that of the box where it states none or a negative one."""
+    _, _, width, height = annotation.bbox
+    return width * height if annotation.area is None or annotation.area < 0 else annotation.area
 
 
 def _curves_of_hotcoco(problem: _Problem) -> dict[str, np.ndarray]:

@@ -10,13 +10,13 @@ import torch
 from ssd_fast import timing
 from ssd_fast.config.sections import Config, DistributedConfig
 from ssd_fast.data.annotations import read_categories
-from ssd_fast.data.coco import load_coco
+from ssd_fast.data.coco import CocoSet, load_coco
 from ssd_fast.data.images import set_largest_image
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.launch import connect
 from ssd_fast.evaluation import coco_eval
-from ssd_fast.evaluation.detector import load_detector
+from ssd_fast.evaluation.detector import Detector, load_detector
 from ssd_fast.hardware import device_name
 from ssd_fast.progress import track
 
@@ -79,9 +79,8 @@ def evaluate(
             bad_boxes=config.data.bad_boxes,
             world=world,
         )
-        if needs_scores and not val_set.has_boxes:
-            raise DataError(f"{val_set.annotation_file}: no image has a box to score detections by")
         category_ids = detector.category_ids_in(val_set)
+        has_truths = _has_truths(val_set, detector, needed=needs_scores)
         loader = make_eval_loader(config, val_set.images, device, world=world)
         timeline = timing.Timeline(device, start_s)
         timeline.settle("load")
@@ -90,7 +89,7 @@ def evaluate(
     if not world.is_main:
         return None
     ids = val_set.images.image_ids, category_ids
-    scores = coco_eval.score(val_set.annotation_file, table, *ids) if val_set.has_boxes else None
+    scores = coco_eval.score(val_set.annotation_file, table, *ids) if has_truths else None
     timeline.settle("scoring")
     return Evaluation(
         scores=scores,
@@ -104,9 +103,20 @@ def evaluate(
     )
 
 
+def _has_truths(val_set: CocoSet, detector: Detector, *, needed: bool) -> bool:
+    """Whether there is anything to score detections by. Raises DataError where there is nothing and it is needed."""
+    found = val_set.has_boxes_of(detector.categories)
+    if needed and not found:
+        raise DataError(
+            f"{val_set.annotation_file}: no image has a box of the network's classes: expected some to score "
+            "detections by, or --output without --target"
+        )
+    return found
+
+
 def format_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> str:
     """Return COCO's twelve lines, if there was something to score, and how many images do not count in them."""
-    lines = ["no annotations: nothing to score"]
+    lines = ["no boxes of the network's classes: nothing to score"]
     if evaluation.scores:
         lines = [coco_eval.format_scores(evaluation.scores, per_class=per_class)]
     if evaluation.num_left_out:

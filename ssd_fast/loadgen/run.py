@@ -72,6 +72,10 @@ def benchmark(
             bad_images=config.data.bad_images,
             bad_boxes=config.data.bad_boxes,
         )
+        if mode == "accuracy" and not coco_set.has_boxes_of(detector.categories):
+            raise DataError(
+                f"{coco_set.annotation_file}: no image has a box of the network's classes: expected some for --accuracy"
+            )
     measured = run(detector, config, scenario=scenario, mode=mode, coco_set=coco_set, output=output, device=device)
     if mode != "accuracy" or coco_set is None:
         return measured

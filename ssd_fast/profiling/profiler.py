@@ -93,6 +93,8 @@ def _profile(
     device, clock = world.device(), Stopwatch(world)
     sets = load_sets(config, data, world) if data else None
     detector = _make_detector(config, checkpoint, sets.train.categories if sets else NUMBERED_CATEGORIES, device)
+    if sets and EVALUATION in stages:
+        detector.category_ids_in(sets.val)  # fails where the set lacks a class, before anything is measured
     batches = None
     if sets and {INPUT_ALONE, BOTH} & set(stages):
         loader = make_train_loader(config, sets.train, model_anchors(config.model), device, world)

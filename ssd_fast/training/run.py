@@ -1,6 +1,7 @@
 """A training run: from a recipe and a data folder to checkpoints, records and images."""
 
 import logging
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -19,6 +20,7 @@ from ssd_fast.checkpoints.finetuning import load_for_finetuning
 from ssd_fast.checkpoints.weights import load_backbone_weights
 from ssd_fast.config.recipe import dump_toml
 from ssd_fast.config.sections import Config
+from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import make_eval_loader, make_train_loader
 from ssd_fast.data.sets import Reading, TrainAndVal, load_sets
 from ssd_fast.distributed.launch import connect
@@ -95,6 +97,7 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, reading
                     f"{output}: a run of {len(checkpoint.loader)} processes: expected as many to resume it, "
                     f"not {world.size}"
                 )
+            _check_config(checkpoint, config, folder)
         sets = load_sets(config, data_dir, world, reading)
         if world.is_main:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -117,10 +120,14 @@ class Run:
         logger.info("validating on %s", sets.val.describe())
         scores = saved.scores if saved else Scores()
         if saved:
-            _check_resumable(saved.checkpoint, config, sets, folder)
+            _check_classes(saved.checkpoint, sets.train, folder)
+            for key, old, new in _differences(saved.checkpoint.config, config):
+                logger.warning("the run in %s began with %s = %r; it continues with %r", folder.path, key, old, new)
             if scores.val_set and scores.val_set != sets.val.digest():
+                scores.compare_after(max(scores.by_epoch, default=0))
                 logger.warning(
-                    "%s differs from the validation set of the scores so far: mAPs before and after cannot be compared",
+                    "%s differs from the validation set of the scores so far: mAPs before and after cannot be "
+                    "compared, and the best is the best of those that follow",
                     sets.val.annotation_file,
                 )
         scores.val_set = sets.val.digest()
@@ -300,7 +307,15 @@ class Run:
 
 
 def _open(folder: RunFolder, *, resume: bool) -> Saved | None:
-    """The state to resume from. Raises CheckpointError when a new run would overwrite another."""
+    """The state to resume from. Raises ValueError when a new run would overwrite another or has no place."""
+    place = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"--output {folder.path}: {place} is a file: expected a folder, or the place for a new one")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder.path)) from None
     if not resume and folder.metrics.exists():
         raise CheckpointError(
             f"{folder.path}: holds a run already: expected another --output, or --resume to go on with it"
@@ -317,14 +332,21 @@ def _open(folder: RunFolder, *, resume: bool) -> Saved | None:
     return Saved(checkpoint, read_scores(folder.scores, until_epoch=checkpoint.step // checkpoint.steps_per_epoch))
 
 
-def _check_resumable(saved: Checkpoint, config: Config, sets: TrainAndVal, folder: RunFolder) -> None:
-    """Raise CheckpointError where a configuration or data do not fit a run; warn of other changes."""
-    if saved.categories != sets.train.categories:
-        raise CheckpointError(f"{folder.path}: its run has other classes: {[item.name for item in saved.categories]}")
+def _check_config(saved: Checkpoint, config: Config, folder: RunFolder) -> None:
+    """Raise CheckpointError where a configuration does not fit a run."""
     for key, old, new in _differences(saved.config, config):
         if key in _MUST_STAY or (key.startswith("model.") and key not in _MAY_CHANGE):
             raise CheckpointError(f"{folder.path}: its run has {key} = {old!r}: expected the same, not {new!r}")
-        logger.warning("the run in %s began with %s = %r; it continues with %r", folder.path, key, old, new)
+
+
+def _check_classes(saved: Checkpoint, train_set: CocoSet, folder: RunFolder) -> None:
+    """Raise CheckpointError where a training set has other classes, by name, than a run."""
+    old, new = ([item.name for item in categories] for categories in (saved.categories, train_set.categories))
+    if old != new:
+        raise CheckpointError(
+            f"{folder.path}: its run has other classes than {train_set.annotation_file}: {old}: expected the same, "
+            f"not {new}"
+        )
 
 
 def _initial_model(config: Config, sets: TrainAndVal, world: World, *, fresh: bool) -> SSD:

@@ -27,6 +27,7 @@ class Scores:
     by_epoch: the numbers, by epoch (counted from 1); the same on all ranks.
     curves: of the best epoch; None before the first evaluation, and on ranks other than 0.
     val_set: what tells the validation set from others; empty for scores of an earlier version.
+    uncompared_epoch: the last one that was scored on another validation set; it and those before cannot be the best.
     """
 
     def __init__(
@@ -35,23 +36,33 @@ class Scores:
         self.by_epoch = dict(by_epoch or {})
         self.curves = curves
         self.val_set = val_set
+        self.uncompared_epoch = 0
+
+    def compare_after(self, epoch: int) -> None:
+        """Compare only epochs after this one, because its validation set was another; 0 compares all."""
+        self.uncompared_epoch = epoch
+        if self.curves and self.curves.epoch <= epoch:
+            self.curves = None
 
     @property
     def best_map(self) -> float:
         """COCO mAP of the best evaluation; -1 before the first one."""
-        return max((numbers["map"] for numbers in self.by_epoch.values()), default=NO_MAP)
+        return max(self._compared(), default=NO_MAP)
 
     def add(self, epoch: int, numbers: dict[str, float], scores: CocoScores | None) -> bool:
         """Add the evaluation after an epoch; return whether it is the best so far (the first of equals is).
 
         numbers: COCO's twelve. scores: all of them, on rank 0.
         """
-        is_best = not self.by_epoch or numbers["map"] > self.best_map
+        is_best = not self._compared() or numbers["map"] > self.best_map
         self.by_epoch[epoch] = numbers
         if is_best and scores is not None:
             columns = scores.precision_50.T.tolist()
             self.curves = BestCurves(epoch, scores.per_class, dict(zip(scores.per_class, columns, strict=True)))
         return is_best
+
+    def _compared(self) -> list[float]:
+        return [numbers["map"] for epoch, numbers in self.by_epoch.items() if epoch > self.uncompared_epoch]
 
     def write(self, path: Path) -> None:
         """Write everything as one JSON object; the file is replaced as a whole or not at all."""
@@ -59,6 +70,7 @@ class Scores:
             "epochs": self.by_epoch,
             "best": self.curves and self.curves._asdict(),
             "val_set": self.val_set,
+            "uncompared_epoch": self.uncompared_epoch,
         }
         write_atomically(path, json.dumps(content).encode())
 
@@ -75,6 +87,9 @@ def read_scores(path: Path, *, until_epoch: int) -> Scores:
         by_epoch = {int(epoch): numbers for epoch, numbers in content["epochs"].items() if int(epoch) <= until_epoch}
         curves = content["best"] and BestCurves(**content["best"])
         val_set = str(content.get("val_set", ""))
+        uncompared_epoch = int(content.get("uncompared_epoch", 0))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected the scores of a run: {error}") from None
-    return Scores(by_epoch, curves if curves and curves.epoch <= until_epoch else None, val_set)
+    scores = Scores(by_epoch, curves if curves and curves.epoch <= until_epoch else None, val_set)
+    scores.compare_after(min(uncompared_epoch, until_epoch))
+    return scores

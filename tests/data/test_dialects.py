@@ -35,6 +35,8 @@ SAME: dict[str, Edit] = {
     "whole numbers as floats": as_floats,
     "iscrowd as bool": lambda d: [entry.update(iscrowd=bool(entry["iscrowd"])) for entry in d["annotations"]],
     "iscrowd null or missing": lambda d: (d["annotations"][0].update(iscrowd=None), d["annotations"][1].pop("iscrowd")),
+    "iscrowd as text": lambda d: [entry.update(iscrowd=str(entry["iscrowd"])) for entry in d["annotations"]],
+    "iscrowd NaN": lambda d: [entry.update(iscrowd=entry["iscrowd"] or math.nan) for entry in d["annotations"]],
     "area as text": lambda d: [entry.update(area=str(entry["area"])) for entry in d["annotations"]],
     "NaN where nobody looks": each("annotations", segmentation=[math.nan], score=math.inf),
     "null where nobody looks": lambda d: d.update(info=None, licenses=None),
@@ -70,6 +72,28 @@ def test_areas_that_are_no_numbers_are_those_of_the_boxes(tmp_path: Path) -> Non
     assert [annotation.area for annotation in read.annotations] == [None] * 3
 
 
+def test_a_negative_area_is_that_of_the_box(tmp_path: Path) -> None:
+    instances = make_set(tmp_path)
+    path = load(tmp_path, instances).annotation_file
+    found = DetectionTable(np.array([5]), np.array([[1.0, 2, 10, 20]]), np.ones(1), np.array([90]))
+    expected = score(path, found)
+    instances["annotations"][0]["area"] = -1
+    path.write_text(json.dumps(instances))
+    assert score(path, found)[:12] == expected[:12]
+    assert expected.map_small == pytest.approx(0.5)
+
+
+def test_a_category_that_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    instances = make_set(tmp_path)
+    with_root(instances)
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path, instances)
+    assert "categories that repeat the name of another are left out: 'kite' (id 0)" in caplog.text
+    instances["annotations"].append(instances["annotations"][0] | {"category_id": 0})
+    with pytest.raises(DataError, match="expected unique names, annotations use 2 ids of 'kite'"):
+        load(tmp_path, instances)
+
+
 def test_a_test_set_has_images_and_names_but_no_annotations(tmp_path: Path) -> None:
     edits: tuple[Edit, ...] = (
         lambda d: d.pop("annotations"),
@@ -95,6 +119,7 @@ def test_a_test_set_has_images_and_names_but_no_annotations(tmp_path: Path) -> N
         [1, 2, None, 4],
         [1, 2, math.nan, 4],
         [1, 2, math.inf, 4],
+        [1e308, 2, 1e308, 4],
         {},
         [[1], 2, 3, 4],
     ],

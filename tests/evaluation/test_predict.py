@@ -169,7 +169,13 @@ def test_pixels_that_cannot_be_meant_are_refused_with_their_file(tmp_path: Path)
     start = cmyk.index(b"\xff\xee")
     length = int.from_bytes(cmyk[start + 2 : start + 4])
     thumbnail = jpeg(picture().resize((9, 6)))
+    png = io.BytesIO()
+    picture().save(png, "PNG")
+    damaged = bytearray(png.getvalue())
+    place = damaged.index(b"IDAT") + 20
+    damaged[place : place + 40] = bytes(40)
     bad = {
+        "damaged.png": (bytes(damaged), "cannot be decoded"),
         "cmyk.jpg": (cmyk[:start] + cmyk[start + 2 + length :], "CMYK image without Adobe's marker"),
         "cut.jpg": (with_segment(jpeg(picture()), exif() + thumbnail)[: len(thumbnail) + 1500], "cannot be decoded"),
         "cut.png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "cannot be decoded|not an image"),

@@ -1,5 +1,6 @@
 """Runs of LoadGen: its four scenarios, and how a run ends that cannot go on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from short_benchmark import DEMO, SHORT, load_set, sets
+from small_set import make_set
 from tiny import tiny_config
 
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES
@@ -144,6 +146,23 @@ def test_images_left_out_would_shift_the_log(synthetic_set: Path, tmp_path: Path
             output=tmp_path,
             device=torch.device("cpu"),
         )
+
+
+def test_the_accuracy_of_a_set_without_boxes_is_refused_before_loadgen_starts(tmp_path: Path) -> None:
+    (tmp_path / "val.json").write_text(json.dumps(make_set(tmp_path) | {"annotations": []}))
+    places = ('data.val_annotations="val.json"', 'data.val_images="."')
+    checkpoint = tmp_path / "weights.pt"
+    torch.save(SSD(tiny_config().model, num_classes=2).state_dict(), checkpoint)
+    with pytest.raises(DataError, match=r"val\.json: no image has a box of the network's classes: .* --accuracy"):
+        loadgen.benchmark(
+            checkpoint,
+            tmp_path,
+            tmp_path / "logs",
+            scenario=Scenario.OFFLINE,
+            mode="accuracy",
+            config=tiny_config((*SHORT, *places)),
+        )
+    assert not (tmp_path / "logs").exists()
 
 
 def test_without_loadgen_it_says_how_to_install_it(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

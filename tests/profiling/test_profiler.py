@@ -21,6 +21,7 @@ from ssd_fast import hardware
 from ssd_fast.__main__ import app
 from ssd_fast.config.recipe import load_config
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES
+from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import make_random_detector
 from ssd_fast.model.loss import Loss
@@ -241,3 +242,13 @@ def test_time_between_the_parts_is_found(monkeypatch: pytest.MonkeyPatch, clock:
 )
 def test_busy_is_the_share_that_some_kernel_covers(ranges: list[tuple[float, float]], expected: float | None) -> None:
     assert _covered(ranges) == expected
+
+
+def test_a_detector_of_other_classes_than_the_set_is_refused_before_anything_is_measured(
+    synthetic_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = make_random_detector(tiny_config(), NUMBERED_CATEGORIES, torch.device("cpu"))
+    monkeypatch.setattr(profiler, "_make_detector", lambda *_: detector)
+    monkeypatch.setattr(profiler, "_take_turns", None)  # not called
+    with pytest.raises(DataError, match=r"instances_val2017\.json: lacks the categories \['class 1'"):
+        measure(synthetic_set, [INPUT_ALONE, EVALUATION])

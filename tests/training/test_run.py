@@ -277,6 +277,17 @@ def test_a_run_of_other_classes_or_another_model_cannot_be_resumed(
         train(tiny_config(("training.epochs=3", 'data.classes=["checkered disc"]')), synthetic_set, copy, resume=True)
 
 
+def give_classes_other_ids(data: Path) -> None:
+    """In the same order: labels stay."""
+    for path in (data / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        for entry, key in [(x, "id") for x in content["categories"]] + [
+            (x, "category_id") for x in content["annotations"]
+        ]:
+            entry[key] *= 10
+        path.write_text(json.dumps(content))
+
+
 def test_what_else_has_changed_since_a_run_began_is_said(
     finished: Path, synthetic_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,8 +300,34 @@ def test_what_else_has_changed_since_a_run_began_is_said(
     content = json.loads(annotations.read_text())
     content["annotations"].pop()
     annotations.write_text(json.dumps(content))
-    train(tiny_config(("training.epochs=3",)), data, copy, resume=True)
+    give_classes_other_ids(data)
+    scores_file = copy / "scores.json"
+    kept = json.loads(scores_file.read_text())
+    kept["epochs"]["1"]["map"] = 0.99  # on the set of before
+    scores_file.write_text(json.dumps(kept))
+    outcome = train(tiny_config(("training.epochs=3",)), data, copy, resume=True)
     assert "instances_val2017.json differs from the validation set of the scores so far" in caplog.text
+    scores = read_scores(scores_file, until_epoch=3)
+    assert scores.by_epoch[1]["map"] == 0.99
+    assert outcome.best_map == scores.best_map == scores.by_epoch[3]["map"] < 0.9
+    assert load_checkpoint(copy / "checkpoints" / BEST).step == 24
+    caplog.clear()
+    assert train(tiny_config(("training.epochs=3",)), data, copy, resume=True).best_map == outcome.best_map
+    assert "differs" not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["training.batch_size", "training.seed"])
+def test_what_orders_the_images_is_compared_before_the_sets_are_read(finished: Path, tmp_path: Path, key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"finished: its run has {key} = \d+: expected the same, not 4"):
+        train(tiny_config(("training.epochs=3", f"{key}=4")), tmp_path / "no data", finished, resume=True)
+
+
+def test_a_run_with_no_place_is_refused_before_the_sets_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=rf"--output {output}: .*file is a file: expected a folder"):
+            train(tiny_config(), tmp_path / "no data", output, resume=False)
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_detector_of_other_classes_is_fine_tuned_and_its_classes_are_named(

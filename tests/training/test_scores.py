@@ -56,6 +56,18 @@ def test_scores_of_epochs_that_are_trained_again_are_left_out(tmp_path: Path) ->
     assert read_scores(tmp_path / "missing.json", until_epoch=9).by_epoch == {}
 
 
+def test_scores_on_another_validation_set_cannot_be_the_best(tmp_path: Path) -> None:
+    scores = Scores()
+    assert add(scores, 1, 0.5)
+    scores.compare_after(1)
+    assert (scores.best_map, scores.curves) == (NO_MAP, None)
+    assert [add(scores, epoch, map_) for epoch, map_ in ((2, 0.1), (3, 0.05), (4, 0.2))] == [True, False, True]
+    scores.write(tmp_path / "scores.json")
+    read = read_scores(tmp_path / "scores.json", until_epoch=3)
+    assert (read.best_map, read.by_epoch[1]) == (0.1, {"map": 0.5})
+    assert read_scores(tmp_path / "scores.json", until_epoch=0).uncompared_epoch == 0
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"epochs": {"one": {}}, "best": null}', '{"epochs": {}}'])
 def test_another_file_is_refused_by_name(content: str, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text(content)
