@@ -22,6 +22,7 @@ from ssd_fast.options import (
     RecipeOption,
     SetOption,
 )
+from ssd_fast.streams import flush_output
 
 # Verbs import their modules when they run, so that help and a mistyped recipe do not wait for torch.
 
@@ -385,10 +386,7 @@ def main() -> None:
             sys.exit(f"error: {error.filename}: {error.strerror}")
         sys.exit(f"error: {error}")
     finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # of `| head`, which has enough: Python's own flush at the end must not fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush_output()
 
 
 if __name__ == "__main__":

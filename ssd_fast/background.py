@@ -4,6 +4,7 @@ That process imports only the function's module, so that one without torch start
 call, and ends by itself when this process is killed.
 """
 
+import ctypes
 import gc
 import os
 import pickle
@@ -17,6 +18,8 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that started it ends
+
 
 class BackgroundCall(Generic[T]):
     """A call that is being computed.
@@ -29,7 +32,7 @@ class BackgroundCall(Generic[T]):
     def __init__(self, what: str, function: Callable[..., T], *arguments: Any) -> None:
         self._what = what
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", __name__, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for this process, which may still want the answer
@@ -62,11 +65,14 @@ class BackgroundCall(Generic[T]):
 
 def _serve() -> None:
     """Answer the call on standard input with its result, or with an error that the user can correct."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):  # it was killed before that
+        return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Slurm sends a step's signals to all of its processes
     try:
         function, arguments = pickle.load(sys.stdin.buffer)
-    except (EOFError, pickle.UnpicklingError):  # the process that asks has ended
+    except (EOFError, pickle.UnpicklingError):  # the request was cut off
         return
     gc.disable()  # collecting takes longer than all the rest where a million annotations are read, and frees nothing
     answer: Any

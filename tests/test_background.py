@@ -1,5 +1,7 @@
 """A function computed by another process."""
 
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,3 +28,21 @@ def test_a_process_that_dies_or_hangs_is_named_by_its_work() -> None:
         BackgroundCall("left", sys.exit, 7).result(60)
     with pytest.raises(ChildProcessError, match=r"the process that slept took more than 0\.1 s"):
         BackgroundCall("slept", time.sleep, 1000).result(0.1)
+
+
+KILLED = """
+import os, signal, time
+from ssd_fast.background import BackgroundCall
+call = BackgroundCall("slept", time.sleep, 1000)
+print(call._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_it_ends_with_the_process_that_asked() -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    process, deadline = Path("/proc", killed.stdout.strip()), time.monotonic() + 60
+    while process.exists() and process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "it goes on without anybody to ask"
+        time.sleep(0.05)

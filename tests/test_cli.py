@@ -257,6 +257,16 @@ def test_a_closed_standard_output_ends_quietly(arguments: list[str]) -> None:
     assert "Exception" not in ended.stderr
 
 
+def test_a_full_disk_under_standard_output_is_one_line() -> None:
+    command = [sys.executable, "-m", "ssd_fast", "scaling", "--help"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.endswith("No space left on device\n")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_weights_of_the_mlperf_reference_serve_with_a_recipe_and_class_names(
     run: Run, checkpoint: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:

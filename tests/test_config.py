@@ -138,3 +138,17 @@ def test_configurations_cannot_be_changed() -> None:
     config = load_config(SSD300)
     with pytest.raises(ValueError, match="frozen"):
         config.training.epochs = 1
+
+
+def test_recipes_of_the_program_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ssd300").mkdir()  # a folder does not hide the recipe
+    assert load_config(Path("ssd300")) == load_config(REPOSITORY / "configs" / "ssd300.toml")
+    (tmp_path / "own.toml").write_text('base = "demo"\n[training]\nepochs = 3\n')
+    own = load_config(tmp_path / "own.toml")
+    assert own == load_config(Path("demo"), ["training.epochs=3"])
+    with pytest.raises(ConfigError, match=r"ssd400: no such recipe: expected a file, or one of .*demo.*ssd300"):
+        load_config(Path("ssd400"))
+    (tmp_path / "own.toml").write_text('base = "other.toml"')
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/other\.toml: no such recipe"):
+        load_config(tmp_path / "own.toml")

@@ -15,6 +15,7 @@ ROOMS = (
     "dali_pipelines",
     "ssd_fast.exit_status",
     "ssd_fast.background",
+    "ssd_fast.streams",
     "ssd_fast.files",
     "ssd_fast.tables",
     "ssd_fast.parts",

@@ -1,6 +1,10 @@
 """The shipped recipes train as the published ones of their systems did."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from repository import REPOSITORY
@@ -75,3 +79,20 @@ def test_every_recipe_of_a_system_states_its_gpus() -> None:
     found = {path.stem: load_config(path).system for path in (REPOSITORY / "configs").glob("*.toml")}
     gpus = {name: system.nodes * (system.gpus_per_node or 0) for name, system in found.items() if system.nodes}
     assert gpus == {name: num_gpus for name, (num_gpus, *_) in PUBLISHED.items()}
+
+
+def test_an_installed_package_has_the_recipes(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    inside = {path.name for path in (tmp_path / "ssd_fast" / "recipes").iterdir()}
+    assert inside == {path.name for path in (REPOSITORY / "configs").iterdir()}
+    code = "from ssd_fast.config.recipe import recipe_folder; print(recipe_folder())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == str(tmp_path / "ssd_fast" / "recipes")

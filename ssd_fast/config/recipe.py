@@ -19,7 +19,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of a recipe.
 
     path: TOML file, or the name of one that comes with the program, such as "ssd300". Its top-level key `base` may name
-    another recipe, relative to it, whose values it changes; that one may not have a `base` itself.
+    another one, relative to it, whose values it changes; that one may not have a `base` itself.
     overrides: "section.key=value" each, with the value in TOML's notation; a bare word is a string.
     Raises ConfigError, which lists every key that is unknown, has the wrong type or contradicts another.
     """
@@ -28,6 +28,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     base = values.pop("base", None)
     if base is not None:
         base_path = path.parent / str(base)
+        if not base_path.is_file():
+            base_path = _named(Path(str(base)), base_path)
         base_values = _read_toml(base_path)
         if "base" in base_values:
             raise ConfigError(
@@ -44,10 +46,13 @@ def recipe_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def _named(path: Path) -> Path:
-    """The path of a recipe that comes with the program, if path is its name and no file."""
-    if path.suffix or len(path.parts) != 1 or path.exists():
-        return path
+def _named(path: Path, otherwise: Path | None = None) -> Path:
+    """The path of a recipe that comes with the program, if path is its name and no file; else the path itself.
+
+    otherwise: in place of that.
+    """
+    if path.suffix or len(path.parts) != 1 or path.is_file():
+        return otherwise or path
     known = {file.stem: file for file in sorted(recipe_folder().glob("*.toml"))}
     if path.name not in known:
         raise ConfigError(f"{path}: no such recipe: expected a file, or one of {', '.join(known)}")

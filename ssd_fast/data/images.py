@@ -1,7 +1,7 @@
 """Image files of a user: found, and inspected before anything decodes them.
 
-Pillow alone says of a file what size it has and how it is turned; DALI, which decodes, is told. Both decode all that is
-accepted here to the same pixels.
+What size an image has and how it is turned is found here alone; DALI, which decodes, is told. The kinds of files that
+are accepted give the same pixels in DALI and in Pillow, which draws.
 """
 
 import glob
@@ -43,7 +43,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Texts in a PNG, which nobody reads here, are no reason to refuse it.
+# Pillow's settings, for the whole process: texts in a PNG, which nobody reads here, are no reason to refuse it, and
+# largest_image decides what is too large.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 

@@ -48,7 +48,7 @@ def inspect_images(images: LabelledImages, world: World | None) -> dict[int, str
     known = entry.arrays["stamps"] if entry else np.zeros((num_images, 2), np.int64)
     if world:
         known = world.broadcast(known)
-    own = _inspect(images, range(rank, num_images, size), known)
+    own = _inspect(images, range(rank, num_images, size), known, is_large=is_large)
     shares = world.gather(own) if world else [own]
     problems: dict[int, str] = {}
     stamps = np.zeros((num_images, 2), np.int64)
@@ -66,11 +66,11 @@ def _entry_name(images: LabelledImages) -> str:
     return cache.entry_name(images.image_dir.absolute(), names.hexdigest(), zlib.crc32(images.sizes_hw.tobytes()))
 
 
-def _inspect(images: LabelledImages, rows: Sequence[int], known: np.ndarray) -> _Found:
+def _inspect(images: LabelledImages, rows: Sequence[int], known: np.ndarray, *, is_large: bool) -> _Found:
     chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         found = pool.map(partial(_inspect_chunk, images, known), chunks)
-        parts = list(track(found, "inspecting images", len(chunks)) if len(rows) >= _LARGE else found)
+        parts = list(track(found, f"inspecting images, {_CHUNK} at a time", len(chunks)) if is_large else found)
     return _Found(
         {row: problem for part in parts for row, problem in part.problems.items()},
         np.concatenate([np.zeros((0, 2), np.int64), *(part.stamps for part in parts)]),

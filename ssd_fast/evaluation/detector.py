@@ -168,7 +168,7 @@ def load_detector(
         raise CheckpointError(f"{path}: holds weights only: expected a recipe (--config) with it")
     else:
         weights = content
-        categories = categories or _coco_categories(path, config, weights)
+        categories = _categories_of(path, config, weights, categories)
     model = SSD(config.model, num_classes=len(categories))
     try:
         load_weights(model, weights)
@@ -177,17 +177,28 @@ def load_detector(
     return make_detector(model, config, categories, device), config
 
 
-def _coco_categories(path: Path, config: Config, weights: Mapping[str, Any]) -> tuple[Category, ...]:
+def _categories_of(
+    path: Path, config: Config, weights: Mapping[str, Any], given: tuple[Category, ...] | None
+) -> tuple[Category, ...]:
+    """The classes of weights without names, in label order: COCO's for 80 of them, else those that are given.
+
+    Given ones that are not COCO's are taken for 80 classes, too.
+    """
     try:
         count = class_count(config.model, weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if count != len(COCO_CATEGORIES):
+    names = {category.name for category in given or COCO_CATEGORIES}
+    if count == len(COCO_CATEGORIES) and names == {category.name for category in COCO_CATEGORIES}:
+        return COCO_CATEGORIES  # whatever ids, and so whatever order, a file gives them
+    if given is None:
         raise CheckpointError(
             f"{path}: holds weights of {count} classes without their names: expected COCO's {len(COCO_CATEGORIES)}, or "
             "an annotation file that names them (--annotations)"
         )
-    return COCO_CATEGORIES
+    if count != len(given):
+        raise CheckpointError(f"{path}: holds weights of {count} classes: expected {len(given)}, as the data has")
+    return given
 
 
 def make_detector(model: SSD, config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:

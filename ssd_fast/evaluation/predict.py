@@ -30,6 +30,7 @@ from ssd_fast.progress import track
 from ssd_fast.timing import Timeline
 
 RESULTS = "detections.json"
+_COMMENT = b"annotated by ssd-fast detect"
 _LONGEST_NAME = 240  # bytes of a copy's name without number and ending
 
 ImageInput: TypeAlias = str | Path | Image.Image | np.ndarray
@@ -158,7 +159,7 @@ def detect_files(
 
     The JSON is a list with an object per image: file (absolute, with the names that were given), annotated (its copy),
     width and height (pixels of the upright image) and detections, best first: category_id, category, score, bbox [x, y,
-    width, height] in pixels. Of the files in the folder, only those that such a JSON there names are replaced.
+    width, height] in pixels. Of the files in the folder, only those that an earlier call made are replaced.
 
     checkpoint, config, overrides: as for `load_detector`.
     paths: image files, folders of them, or patterns. output: folder, made if missing.
@@ -201,30 +202,37 @@ def _make_loader(config: Config, found: UserImages, device: torch.device) -> Eva
 
 def _check_output(output: Path, copies: Sequence[str], inputs: Sequence[str]) -> None:
     """Raise ValueError where results would replace a file that an earlier call did not make, or an image given now."""
-    own = {RESULTS, *earlier} if (earlier := _earlier_copies(output / RESULTS)) is not None else set()
     given = {(status.st_dev, status.st_ino) for status in map(os.stat, inputs)}
     for name in (RESULTS, *copies):
-        try:
-            status = (output / name).stat()
-        except FileNotFoundError:
-            if not (output / name).is_symlink():
-                continue
-            status = None
-        if name not in own or status is None or (status.st_dev, status.st_ino) in given:
+        path = output / name
+        if not path.exists() and not path.is_symlink():
+            continue
+        is_own = (
+            path.is_file() and not path.is_symlink() and (_is_copy(path) or (name == RESULTS and _is_results(path)))
+        )
+        if not is_own or (path.stat().st_dev, path.stat().st_ino) in given:
             raise ValueError(
-                f"--output {output}: {output / name} exists and would be replaced, but is not the result of an "
-                "earlier detection: expected another folder"
+                f"--output {output}: {path} exists and would be replaced, but is not the result of an earlier "
+                "detection: expected another folder"
             )
 
 
-def _earlier_copies(results: Path) -> set[str] | None:
-    """The annotated copies that a file of results names; None where it is missing or of another kind."""
+def _is_copy(path: Path) -> bool:
+    """Return True for an annotated copy, which carries a comment."""
     try:
-        found = json.loads(results.read_bytes())
-        is_own = bool(found) and all(image.keys() >= {"file", "detections"} for image in found)
-        return {image["annotated"] for image in found} if is_own else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
+        with Image.open(path, formats=["JPEG"]) as image:
+            return image.info.get("comment") == _COMMENT
+    except Exception:  # Pillow raises errors of many kinds on files of others
+        return False
+
+
+def _is_results(path: Path) -> bool:
+    """Return True for a file of detections as detect_files writes it."""
+    try:
+        found = json.loads(path.read_bytes())
+        return bool(found) and all(image.keys() >= {"file", "annotated", "detections"} for image in found)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _check_input(image: object, name: str) -> Path | Image.Image:
@@ -268,7 +276,7 @@ def _write_annotated(
         class_names=list(names.values()),
     )
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=90)
+    image.save(buffer, format="JPEG", quality=90, comment=_COMMENT)
     write_atomically(target, buffer.getvalue())
 
 

@@ -98,6 +98,8 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, reading
                     f"not {world.size}"
                 )
             _check_config(checkpoint, config, folder)
+        elif (initial := config.model.initial_checkpoint) and not Path(initial).is_file():
+            raise ValueError(f"model.initial_checkpoint = {initial!r}: no such file")
         sets = load_sets(config, data_dir, world, reading)
         if world.is_main:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -320,8 +322,8 @@ def _open(folder: RunFolder, *, resume: bool) -> Saved | None:
         raise CheckpointError(
             f"{folder.path}: holds a run already: expected another --output, or --resume to go on with it"
         )
-    for place in (folder.path, folder.checkpoints):
-        remove_leftovers(place)
+    remove_leftovers(folder.path)
+    remove_leftovers(folder.checkpoints)
     folder.interrupted.unlink(missing_ok=True)
     folder.new_detections.unlink(missing_ok=True)
     checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
@@ -365,7 +367,11 @@ def _load_initial_weights(model: SSD, config: Config, classes: list[str]) -> Non
     if initial is None:
         load_backbone_weights(model, config.model.backbone_weights)
         return
-    logger.info("%s: %s", initial, load_for_finetuning(model, Path(initial), classes).describe())
+    try:
+        adapted = load_for_finetuning(model, Path(initial), classes)
+    except ValueError as error:
+        raise ValueError(f"model.initial_checkpoint = {initial!r}: {error}") from None
+    logger.info("%s: %s", initial, adapted.describe())
 
 
 def _is_finished(config: Config, steps_per_epoch: int, step: int, scores: Scores) -> bool:

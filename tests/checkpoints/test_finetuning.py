@@ -1,5 +1,6 @@
 """A detector's weights in a network of other classes: by name where names are known."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 from ssd_fast.checkpoints.checkpoint import FORMAT
 from ssd_fast.checkpoints.finetuning import load_for_finetuning
 from ssd_fast.checkpoints.weights import load_weights
-from ssd_fast.data.annotations import read_categories
+from ssd_fast.config.sections import Config
+from ssd_fast.data.annotations import Category, read_categories
 from ssd_fast.data.coco_classes import COCO_CATEGORIES
+from ssd_fast.evaluation.detector import load_detector
 from ssd_fast.model.ssd import SSD
 
 
@@ -112,3 +115,17 @@ def test_the_names_of_coco_are_those_of_its_annotations() -> None:
     if not path.is_file():
         pytest.skip(f"no annotations at {path}")
     assert read_categories(path) == COCO_CATEGORIES
+
+
+def test_weights_of_coco_keep_their_names_on_a_set_of_other_ids(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(SSD(CONFIG, num_classes=80).state_dict(), path)
+    config = Config(model=CONFIG)
+    other = tuple(Category(1 + row, category.name) for row, category in enumerate(reversed(COCO_CATEGORIES)))
+    for given in (None, COCO_CATEGORIES, other):
+        detector, _ = load_detector(path, torch.device("cpu"), config=config, categories=given)
+        assert detector.categories == COCO_CATEGORIES
+    own = tuple(Category(row, f"own {row}") for row in range(80))
+    assert load_detector(path, torch.device("cpu"), config=config, categories=own)[0].categories == own
+    with pytest.raises(ValueError, match=r"weights\.pt: holds weights of 80 classes: expected 5, as the data has"):
+        load_detector(path, torch.device("cpu"), config=config, categories=own[:5])

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from small_set import load, make_set
 
-from ssd_fast.data.annotations import Category
+from ssd_fast.data import coco
+from ssd_fast.data.annotations import Category, Instances, read_instances
 from ssd_fast.data.coco import load_coco
 from ssd_fast.data.images import find_images
 from ssd_fast.data.policy import DataError
@@ -230,3 +231,37 @@ def test_real_photographs_load_completely(coco_ccby: Path) -> None:
     assert len(coco_set.categories) == 80
     assert len(coco_set.images.file_names) == 64
     assert coco_set.categories[79] == Category(90, "toothbrush")
+
+
+def test_what_was_found_in_a_large_file_is_kept_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(coco, "_LARGE_BYTES", 0)
+    monkeypatch.setenv("SSD_FAST_CACHE", str(tmp_path / "cache"))
+    read: list[Path] = []
+
+    def counted(path: Path) -> Instances:
+        read.append(path)
+        return read_instances(path)
+
+    def everything(options: dict[str, Any]) -> Any:
+        caplog.clear()
+        found = load(tmp_path, instances, **options)
+        images = [np.asarray(part).tolist() for part in found.images[1:]]
+        return found.categories, images, found.num_left_out_boxes, caplog.messages
+
+    monkeypatch.setattr(coco, "read_instances", counted)
+    instances = make_set(tmp_path)
+    instances["annotations"][1]["bbox"] = [100, 100, 5, 5]
+    for options, reads in (({}, 1), ({}, 1), ({"with_crowds": True}, 2), ({"classes": ["kite"]}, 3), ({}, 3)):
+        monkeypatch.setattr(coco, "_LARGE_BYTES", 2**40)
+        expected = everything(options)
+        read.pop()
+        monkeypatch.setattr(coco, "_LARGE_BYTES", 0)
+        assert everything(options) == expected  # its time has changed, its content has not
+        assert len(read) == reads
+    instances["annotations"].pop()
+    assert everything({})[1][-1] == [0, 0, 1]
+    assert len(read) == 4
+    next((tmp_path / "cache").iterdir()).write_bytes(b"damaged")
+    assert everything({"with_crowds": True})[1][-1] == everything({})[1][-1] == [0, 0, 1]

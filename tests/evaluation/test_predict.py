@@ -136,6 +136,12 @@ def test_own_results_are_replaced_unless_they_are_given_as_images(checkpoint: Pa
     with pytest.raises(ValueError, match=r"a\.jpg exists and would be replaced"):
         detect_files(checkpoint, [output], output)
     assert (output / "a.jpg").read_bytes() == before
+    (output / RESULTS).unlink()  # as after a kill before it was written
+    detect_files(checkpoint, [image], output)
+    (output / "a.jpg").write_bytes(jpeg(picture()))  # by the user, under the name of a copy
+    with pytest.raises(ValueError, match=r"a\.jpg exists and would be replaced"):
+        detect_files(checkpoint, [image], output)
+    assert (output / "a.jpg").read_bytes() == jpeg(picture())
 
 
 def test_results_carry_the_names_that_were_given(checkpoint: Path, tmp_path: Path) -> None:

@@ -31,20 +31,10 @@ from ssd_fast.files import unfinished
 from ssd_fast.model.loss import Loss
 from ssd_fast.training.history import read_metrics
 from ssd_fast.training.run import train
-from ssd_fast.training.scores import read_scores
 from ssd_fast.training.step import TrainStep
 
 STEPS = 16  # two epochs of eight
 EVERY_STEP = "training.checkpoint_every_steps=1"
-
-
-@pytest.fixture(scope="module")
-def finished(synthetic_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing interrupted."""
-    output = tmp_path_factory.mktemp("runs") / "finished"
-    outcome = train(tiny_config(), synthetic_set, output, resume=False)
-    assert outcome.stopped_by == 0
-    return output
 
 
 @contextmanager
@@ -128,24 +118,6 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_as_if_uninterrupted(
     assert steps == sorted(set(steps))
 
 
-def test_a_run_of_an_earlier_version_is_resumed_with_the_scores_in_its_checkpoint(
-    finished: Path, synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "run"
-    with during_step(monkeypatch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        train(tiny_config(), synthetic_set, output, resume=False)
-    path = numbered_path(output / "checkpoints", 11)
-    content = torch.load(path, weights_only=True)
-    known = read_scores(output / "scores.json", until_epoch=1).by_epoch
-    torch.save(content | {"format": "ssd_fast checkpoint 2", "scores": known}, path)
-    (output / "scores.json").unlink()
-    train(tiny_config(), synthetic_set, output, resume=True)
-    assert_same_end(output, finished, STEPS)
-    expected = read_scores(finished / "scores.json", until_epoch=2).by_epoch
-    assert read_scores(output / "scores.json", until_epoch=2).by_epoch == expected
-    assert (output / "precision_recall.png").is_file()
-
-
 def train_command(config_overrides: tuple[str, ...], data: Path, output: Path, *options: str) -> list[str]:
     """The command line of a tiny run."""
     sets = [part for change in (*TINY, *config_overrides) for part in ("--set", change)]
@@ -206,11 +178,6 @@ def test_a_run_that_has_gone_beyond_a_shorter_recipe_is_finished(
     assert newest.step == 11
 
 
-def test_a_run_is_not_overwritten(finished: Path, synthetic_set: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"finished: holds a run already: expected another --output, or --resume"):
-        train(tiny_config(), synthetic_set, finished, resume=False)
-
-
 def test_reaching_the_target_ends_the_run_and_the_mlperf_log_says_so(synthetic_set: Path, tmp_path: Path) -> None:
     outcome = train(tiny_config(("evaluation.target_map=0.0",)), synthetic_set, tmp_path / "run", resume=False)
     assert outcome.reached_target
@@ -259,90 +226,6 @@ def test_a_few_bad_losses_are_survived_with_a_warning(
     log = (tmp_path / "run" / "train.log").read_text()
     assert "warning: the loss was not finite in 1 of the last 3 steps, last at step 1 (learning rate 0.005)" in log
     assert all(bool(torch.isfinite(tensor).all()) for tensor in final_state(tmp_path / "run", STEPS).values())
-
-
-def test_a_run_of_other_classes_or_another_model_cannot_be_resumed(
-    finished: Path, synthetic_set: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(finished), str(copy)], check=True)
-    with pytest.raises(CheckpointError, match=r"model\.extra_channels = .*expected the same"):
-        train(
-            tiny_config(("training.epochs=3", "model.extra_channels=[[16, 32], [16, 32], [16, 64]]")),
-            synthetic_set,
-            copy,
-            resume=True,
-        )
-    with pytest.raises(CheckpointError, match="has other classes"):
-        train(tiny_config(("training.epochs=3", 'data.classes=["checkered disc"]')), synthetic_set, copy, resume=True)
-
-
-def give_classes_other_ids(data: Path) -> None:
-    """In the same order: labels stay."""
-    for path in (data / "annotations").iterdir():
-        content = json.loads(path.read_text())
-        for entry, key in [(x, "id") for x in content["categories"]] + [
-            (x, "category_id") for x in content["annotations"]
-        ]:
-            entry[key] *= 10
-        path.write_text(json.dumps(content))
-
-
-def test_what_else_has_changed_since_a_run_began_is_said(
-    finished: Path, synthetic_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    copy, data = tmp_path / "copy", tmp_path / "data"
-    for source, target in ((finished, copy), (synthetic_set, data)):
-        subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    with pytest.raises(CheckpointError, match=r"copy: its run has training\.batch_size = 8: expected the same, not 4"):
-        train(tiny_config(("training.epochs=3", "training.batch_size=4")), data, copy, resume=True)
-    annotations = data / "annotations" / "instances_val2017.json"
-    content = json.loads(annotations.read_text())
-    content["annotations"].pop()
-    annotations.write_text(json.dumps(content))
-    give_classes_other_ids(data)
-    scores_file = copy / "scores.json"
-    kept = json.loads(scores_file.read_text())
-    kept["epochs"]["1"]["map"] = 0.99  # on the set of before
-    scores_file.write_text(json.dumps(kept))
-    outcome = train(tiny_config(("training.epochs=3",)), data, copy, resume=True)
-    assert "instances_val2017.json differs from the validation set of the scores so far" in caplog.text
-    scores = read_scores(scores_file, until_epoch=3)
-    assert scores.by_epoch[1]["map"] == 0.99
-    assert outcome.best_map == scores.best_map == scores.by_epoch[3]["map"] < 0.9
-    assert load_checkpoint(copy / "checkpoints" / BEST).step == 24
-    caplog.clear()
-    assert train(tiny_config(("training.epochs=3",)), data, copy, resume=True).best_map == outcome.best_map
-    assert "differs" not in caplog.text
-
-
-@pytest.mark.parametrize("key", ["training.batch_size", "training.seed"])
-def test_what_orders_the_images_is_compared_before_the_sets_are_read(finished: Path, tmp_path: Path, key: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"finished: its run has {key} = \d+: expected the same, not 4"):
-        train(tiny_config(("training.epochs=3", f"{key}=4")), tmp_path / "no data", finished, resume=True)
-
-
-def test_a_run_with_no_place_is_refused_before_the_sets_are_read(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"old")
-    for output in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ValueError, match=rf"--output {output}: .*file is a file: expected a folder"):
-            train(tiny_config(), tmp_path / "no data", output, resume=False)
-    assert (tmp_path / "file").read_bytes() == b"old"
-
-
-def test_a_detector_of_other_classes_is_fine_tuned_and_its_classes_are_named(
-    finished: Path, synthetic_set: Path, tmp_path: Path
-) -> None:
-    initial = f"model.initial_checkpoint={finished / 'checkpoints' / BEST}"
-    classes = 'data.classes=["checkered disc", "striped bar"]'
-    output = tmp_path / "run"
-    train(tiny_config((initial, classes, "optimizer.learning_rate=1e-9")), synthetic_set, output, resume=False)
-    kept = "classes kept by name: checkered disc, striped bar; not used: dotted triangle"
-    assert kept in (output / "train.log").read_text()
-    old, new = load_checkpoint(finished / "checkpoints" / BEST), load_checkpoint(output / "checkpoints" / BEST)
-    assert [category.name for category in new.categories] == ["checkered disc", "striped bar"]
-    assert new.model["class_heads.0.weight"].shape[0] * 2 == old.model["class_heads.0.weight"].shape[0]
-    torch.testing.assert_close(new.model["box_heads.0.weight"], old.model["box_heads.0.weight"], rtol=1e-4, atol=1e-6)
 
 
 @contextmanager
