@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from dali_pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
+from dali_pipelines.decode import decode_image
 
 # On the scale of 8-bit pixels.
 _MEAN = [255 * value for value in IMAGENET_MEAN]
@@ -97,26 +97,16 @@ def _device_index(device: torch.device) -> int:
 def _explain(message: str, paths: list[str]) -> str:
     reason = message.partition("encountered:")[2].strip().partition("\n")[0]
     reason = re.sub(r'^Assert on ".*?" failed: ', "", reason)
-    sample = re.match(r"Failed to decode sample #(\d+) :", reason)
     named = [path for path in paths if path in message]
-    if named:
-        path = max(named, key=len)
-    elif sample:  # of a file whose name the decoder does not know
-        path = paths[int(sample[1])]
-    else:
-        path = _first_without_header(paths)
+    path = max(named, key=len) if named else _first_undecodable(paths)
     return f"{path}: cannot be read or decoded as an image (DALI: {reason})"
 
 
-def _first_without_header(paths: list[str]) -> str:
-    """The first file without an image header: DALI's error does not name such a file."""
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
-    with pipeline:
-        pipeline.set_outputs(fn.peek_image_shape(fn.external_source(name="encoded", ndim=1)))
+def _first_undecodable(paths: list[str]) -> str:
+    """The first file that cannot be decoded: DALI's error often does not name it."""
     for path in paths:
         try:
-            pipeline.feed_input("encoded", [np.fromfile(path, np.uint8)])
-            pipeline.run()
-        except (OSError, RuntimeError):
+            decode_image(path)
+        except (OSError, ValueError):
             return path
     return f"one of {len(paths)} files, of which {paths[0]} is the first"

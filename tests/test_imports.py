@@ -39,7 +39,7 @@ OWNERS = {
     "horovod": {"ssd_fast/distributed/horovod.py", "ssd_fast/distributed/slurm.py"},
     "nvidia": {
         f"dali_pipelines/{name}.py"
-        for name in ("train", "samples", "augment", "arrays", "evaluate", "loader", "box_encoder")
+        for name in ("train", "samples", "augment", "arrays", "evaluate", "loader", "decode", "box_encoder")
     },
     "pycocotools": {"ssd_fast/evaluation/coco_eval.py"},
     "hotcoco": {"ssd_fast/evaluation/coco_eval.py"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -135,6 +136,7 @@ def load_coco(
     only_annotated: bool = False,
     bad_images: Policy = "error",
     bad_boxes: Policy = "skip",
+    max_pixels: float = math.inf,
     world: World | None = None,
 ) -> CocoSet:
     """The images and boxes of a COCO instances file, checked.
@@ -144,7 +146,7 @@ def load_coco(
     found = read_set(
         annotation_file, image_dir, classes=classes, with_crowds=with_crowds, only_annotated=only_annotated
     )
-    return check_images(found, bad_images=bad_images, bad_boxes=bad_boxes, world=world)
+    return check_images(found, bad_images, bad_boxes, max_pixels=max_pixels, world=world)
 
 
 def read_set(
@@ -206,19 +208,20 @@ def check_images(
     bad_boxes: Policy = "skip",
     *,
     smallest_side: int = 1,
+    max_pixels: float = math.inf,
     world: World | None = None,
 ) -> CocoSet:
     """A set whose images have been looked at, by all ranks together.
 
     bad_images, bad_boxes: "error" raises at the first; "skip" leaves them out and logs how many and which.
-    smallest_side: pixels; an image with a shorter one is bad.
+    smallest_side: pixels; an image with a shorter one is bad. max_pixels: so is an image with more.
     world: of the ranks that call this with the same set; None for this process alone.
     Raises DataError under "error", and if no image is left.
     """
     if found.doubt:
         logger.warning("%s: %s", found.annotation_file, found.doubt)
     apply_policy(found.bad_boxes, bad_boxes, "boxes", "bad_boxes")
-    problems = inspect_images(found.images, world)
+    problems = inspect_images(found.images, world, max_pixels)
     for row in np.flatnonzero(found.images.sizes_hw.min(axis=1) < smallest_side).tolist():
         height, width = found.images.sizes_hw[row]
         path = found.images.image_dir / found.images.file_names[row]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dali_pipelines.batch import LabelledImages
 from ssd_fast.data import cache
-from ssd_fast.data.images import image_problem, largest_image
-from ssd_fast.data.jpeg import jpeg_size
+from ssd_fast.data.images import image_problem
 from ssd_fast.progress import track
 
 if TYPE_CHECKING:  # the process that reads annotations starts without torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the process that reads annotations starts without torch
 
 _LARGE = 10_000  # images: smaller sets are inspected within a second, so that nothing is shown or kept
 _CHUNK = 256
+_SLOW_S = 1e-4  # a file
 
 
 class _Found(NamedTuple):
@@ -34,21 +35,23 @@ class _Found(NamedTuple):
     stamps: np.ndarray
 
 
-def inspect_images(images: LabelledImages, world: World | None) -> dict[int, str]:
+def inspect_images(images: LabelledImages, world: World | None, max_pixels: float = math.inf) -> dict[int, str]:
     """The problems of images by their row, texts that name the file and what was expected; on all ranks.
 
     Each rank looks at its share. A file of a large set that was found good, and has kept its size and its time since,
-    is not opened again. world: None for this process alone.
+    is not opened again.
+
+    world: None for this process alone. max_pixels: of the largest image that is accepted.
     """
     num_images = len(images.file_names)
     is_large = num_images >= _LARGE
     rank, size = (world.rank, world.size) if world else (0, 1)
-    name = _entry_name(images) if is_large and rank == 0 else ""
+    name = _entry_name(images, max_pixels) if is_large and rank == 0 else ""
     entry = cache.load_entry(name) if name else None
     known = entry.arrays["stamps"] if entry else np.zeros((num_images, 2), np.int64)
     if world:
         known = world.broadcast(known)
-    own = _inspect(images, range(rank, num_images, size), known, is_large=is_large)
+    own = _inspect(images, range(rank, num_images, size), known, max_pixels, is_large=is_large)
     shares = world.gather(own) if world else [own]
     problems: dict[int, str] = {}
     stamps = np.zeros((num_images, 2), np.int64)
@@ -61,23 +64,36 @@ def inspect_images(images: LabelledImages, world: World | None) -> dict[int, str
     return world.broadcast(problems) if world else problems
 
 
-def _entry_name(images: LabelledImages) -> str:
+def _entry_name(images: LabelledImages, max_pixels: float) -> str:
     names = hashlib.sha256("\0".join(images.file_names).encode(errors="surrogatepass"))
-    return cache.entry_name(images.image_dir.absolute(), names.hexdigest(), zlib.crc32(images.sizes_hw.tobytes()))
+    return cache.entry_name(
+        images.image_dir.absolute(), names.hexdigest(), zlib.crc32(images.sizes_hw.tobytes()), max_pixels
+    )
 
 
-def _inspect(images: LabelledImages, rows: Sequence[int], known: np.ndarray, *, is_large: bool) -> _Found:
+def _inspect(
+    images: LabelledImages, rows: Sequence[int], known: np.ndarray, max_pixels: float, *, is_large: bool
+) -> _Found:
+    """What is found in some rows of a set.
+
+    Threads wait side by side for a slow disk or network, and decode side by side; where a file takes microseconds, as
+    the first ones show, eight threads take three times as long as one.
+    """
+    inspect_chunk = partial(_inspect_chunk, images, known, max_pixels)
     chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        found = pool.map(partial(_inspect_chunk, images, known), chunks)
-        parts = list(track(found, f"inspecting images, {_CHUNK} at a time", len(chunks)) if is_large else found)
+    start_s = time.perf_counter()
+    parts = [inspect_chunk(chunk) for chunk in chunks[:1]]
+    is_slow = time.perf_counter() - start_s > _SLOW_S * _CHUNK
+    with ThreadPoolExecutor(max_workers=8 if is_slow else 1) as pool:
+        found = pool.map(inspect_chunk, chunks[1:])
+        parts += track(found, f"inspecting images, {_CHUNK} at a time", len(chunks) - 1) if is_large else found
     return _Found(
         {row: problem for part in parts for row, problem in part.problems.items()},
         np.concatenate([np.zeros((0, 2), np.int64), *(part.stamps for part in parts)]),
     )
 
 
-def _inspect_chunk(images: LabelledImages, known: np.ndarray, rows: Sequence[int]) -> _Found:
+def _inspect_chunk(images: LabelledImages, known: np.ndarray, max_pixels: float, rows: Sequence[int]) -> _Found:
     folder, names = str(images.image_dir), images.file_names
     problems, stamps = {}, []
     for row, (height, width), good in zip(rows, images.sizes_hw[rows].tolist(), known[rows].tolist(), strict=True):
@@ -87,8 +103,7 @@ def _inspect_chunk(images: LabelledImages, known: np.ndarray, rows: Sequence[int
             status = os.stat(path)
             stamp = [status.st_size, status.st_mtime_ns]
         if stamp != good or not stamp[0]:
-            is_good = stamp[0] and height * width <= largest_image() and jpeg_size(path) == (height, width)
-            problem = None if is_good else image_problem(Path(path), height, width)
+            problem = image_problem(path, height, width, max_pixels)
             if problem:
                 problems[row], stamp = problem, [0, 0]
         stamps.append(stamp)

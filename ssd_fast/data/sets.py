@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from ssd_fast.background import BackgroundCall
 from ssd_fast.config.sections import Config, DataConfig
 from ssd_fast.data.coco import CocoSet, ReadSet, check_images, find_ids, is_large, read_set
-from ssd_fast.data.images import set_largest_image
 from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.slurm import read_launch
 
@@ -76,12 +75,12 @@ def load_sets(config: Config, data_dir: Path, world: World, reading: Reading | N
         raise found
     assert found
     data, augmentation = config.data, config.augmentation
-    set_largest_image(data.max_image_pixels)
     shortest = augmentation.crop_sides[0] if augmentation.crop_min_ious else 1.0
     smallest_side = math.ceil(1 / shortest) if shortest else 1  # so that a crop holds a pixel
     policies = data.bad_images, data.bad_boxes
-    train = check_images(found.train, *policies, smallest_side=smallest_side, world=world)
-    val = check_images(found.val, *policies, world=world)
+    most = data.max_image_pixels
+    train = check_images(found.train, *policies, smallest_side=smallest_side, max_pixels=most, world=world)
+    val = check_images(found.val, *policies, max_pixels=most, world=world)
     if len(train.images.boxes_ltrb) == 0:
         raise DataError(f"{train.annotation_file}: no image has a box to learn from")
     if not val.has_boxes_of(train.categories):

@@ -11,7 +11,6 @@ from ssd_fast import timing
 from ssd_fast.config.sections import Config, DistributedConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.coco import CocoSet, load_coco
-from ssd_fast.data.images import set_largest_image
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.launch import connect
@@ -70,13 +69,13 @@ def evaluate(
         device = world.device()
         categories = read_categories(data_dir / config.data.val_annotations) if config else None
         detector, config = load_detector(checkpoint, device, config=config, overrides=overrides, categories=categories)
-        set_largest_image(config.data.max_image_pixels)
         val_set = load_coco(
             data_dir / config.data.val_annotations,
             data_dir / config.data.val_images,
             only_annotated=only_annotated,
             bad_images=config.data.bad_images,
             bad_boxes=config.data.bad_boxes,
+            max_pixels=config.data.max_image_pixels,
             world=world,
         )
         category_ids = detector.category_ids_in(val_set)

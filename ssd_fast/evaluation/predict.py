@@ -18,7 +18,7 @@ from dali_pipelines.evaluate import EvalLoader
 from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.data.boxes import xywh_to_ltrb
-from ssd_fast.data.images import UserImages, find_images, orientation_of, set_largest_image, turned
+from ssd_fast.data.images import UserImages, find_images, orientation_of, read_image, turned
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
@@ -55,7 +55,7 @@ class ImageDetections(NamedTuple):
 
     def draw(self, min_score: float = 0.3) -> Image.Image:
         """Return a copy of the image with the boxes of at least this score, their class names and scores."""
-        image = _read_upright(str(self.image)) if isinstance(self.image, Path) else self.image
+        image = read_image(str(self.image), None) if isinstance(self.image, Path) else self.image
         rows = np.flatnonzero(self.scores >= min_score)
         labels = [self.labels[row] for row in rows]
         return draw_detections(image, self.boxes_ltrb[rows], labels, self.scores[rows], class_names=self.class_names)
@@ -114,8 +114,8 @@ class ImageDetector:
         return results
 
     def _file_batches(self, files: Sequence[Path]) -> EvalLoader:
-        set_largest_image(self.config.data.max_image_pixels)
-        return _make_loader(self.config, find_images(files, bad_images=None), self._device)
+        found = find_images(files, bad_images=None, max_pixels=self.config.data.max_image_pixels)
+        return _make_loader(self.config, found, self._device)
 
     def _pixel_batches(self, images: Sequence[Image.Image]) -> Iterable[EvalBatch]:
         if self._array_loader is None:
@@ -169,8 +169,7 @@ def detect_files(
     device = World().device()
     categories = read_categories(annotations) if annotations else None
     detector, config = load_detector(checkpoint, device, config=config, overrides=overrides, categories=categories)
-    set_largest_image(config.data.max_image_pixels)
-    found_images = find_images(paths, bad_images=config.data.bad_images)
+    found_images = find_images(paths, bad_images=config.data.bad_images, max_pixels=config.data.max_image_pixels)
     images, orientations = found_images
     copies = _copy_names(images.file_names)
     _check_output(output, copies, images.file_names)
@@ -189,7 +188,7 @@ def detect_files(
         file_name, (height, width) = images.file_names[index], images.sizes_hw[index].tolist()
         image = {"file": file_name, "annotated": copy_name, "width": width, "height": height}
         results.append(image | {"detections": _describe(found, names)})
-        upright = _read_upright(file_name, orientations[index])
+        upright = read_image(file_name, orientations[index])
         _write_annotated(upright, output / copy_name, found, names, drawn_score)
     write_atomically(output / RESULTS, json.dumps(results, indent=1).encode())
     timeline.settle("drawing")
@@ -278,12 +277,6 @@ def _write_annotated(
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=90, comment=_COMMENT)
     write_atomically(target, buffer.getvalue())
-
-
-def _read_upright(path: str, orientation: int | None = None) -> Image.Image:
-    """The image of a file, turned upright. orientation: as found before; None to look for it."""
-    with Image.open(path) as image:
-        return turned(image, orientation_of(image) if orientation is None else orientation)
 
 
 def _copy_names(file_names: Sequence[str]) -> list[str]:

@@ -71,6 +71,7 @@ def benchmark(
             data_dir / config.data.val_images,
             bad_images=config.data.bad_images,
             bad_boxes=config.data.bad_boxes,
+            max_pixels=config.data.max_image_pixels,
         )
         if mode == "accuracy" and not coco_set.has_boxes_of(detector.categories):
             raise DataError(

@@ -1,11 +1,11 @@
 """Images that a run leaves: its curves, detections against ground truth, precision over recall."""
 
 import numpy as np
-from PIL import Image
 
 from ssd_fast.data.annotations import Category
 from ssd_fast.data.boxes import xywh_to_ltrb
 from ssd_fast.data.coco import CocoSet
+from ssd_fast.data.images import read_image
 from ssd_fast.evaluation.coco_eval import DetectionTable, read_results, score
 from ssd_fast.evaluation.draw import GridCell, draw_grid
 from ssd_fast.training.curves import plot_curves, plot_precision_recall
@@ -44,11 +44,9 @@ def _choose_cells(val_set: CocoSet, table: DetectionTable) -> list[GridCell]:
         truths = slice(images.offsets[index], images.offsets[index + 1])
         found = (table.image_ids == images.image_ids[index]) & (table.scores >= DRAWN_SCORE)
         boxes_xywh = table.boxes_xywh[found]
-        with Image.open(images.image_dir / images.file_names[index]) as image:
-            pixels = image.convert("RGB")
         cells.append(
             GridCell(
-                image=pixels,
+                image=read_image(str(images.image_dir / images.file_names[index])),
                 truth_boxes_ltrb=images.boxes_ltrb[truths],
                 truth_labels=[val_set.categories[label - 1].name for label in images.labels[truths]],
                 boxes_ltrb=xywh_to_ltrb(boxes_xywh),

@@ -116,7 +116,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "no such image"),
     "empty": (lambda path: path.write_bytes(b""), "not an image: expected an 8-bit JPEG or PNG"),
     "text": (lambda path: path.write_text("this is no image at all"), "not an image"),
-    "truncated": (truncate, "cannot be decoded: .*truncated"),
+    "truncated": (truncate, "cannot be decoded: .*cut short"),
     "gif": (lambda path: save_noise(path, "L", "GIF"), "not an image: expected an 8-bit JPEG or PNG"),
     "16-bit": (
         lambda path: Image.fromarray(np.full((40, 60), 40000, dtype=np.uint16)).save(path, format="PNG"),
