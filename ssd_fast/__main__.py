@@ -11,7 +11,7 @@ import typer
 
 from ssd_fast import exit_status
 from ssd_fast.config.recipe import load_config, recipe_folder
-from ssd_fast.files import check_writable
+from ssd_fast.files import check_folder, check_writable
 from ssd_fast.loadgen.settings import Scenario
 from ssd_fast.options import (
     AnnotationsOption,
@@ -85,13 +85,13 @@ def evaluate(
     """Print COCO's twelve numbers of a detector on the validation images."""
     start_s = time.perf_counter()
     given = load_config(config, overrides or ()) if config else None
-    if output is not None:
-        check_writable(output, "--output")
 
     from ssd_fast import progress
     from ssd_fast.evaluation import coco_eval
     from ssd_fast.evaluation import evaluate as evaluation
 
+    if output is not None:
+        check_writable(output, "--output", coco_eval.is_results_file)
     progress.setup_logging(None)
     found = evaluation.evaluate(
         checkpoint,
@@ -209,13 +209,14 @@ def profile(
         raise ValueError("--compare: expected one earlier profile with --config, or two without")
     if config is not None and data is None and stage is not Stage.STEP:
         raise ValueError(f"--stage {stage}: expected --data; --stage step needs none")
-    _check_folder(output)
     recipe = load_config(config, overrides or ()) if config else None
 
     from ssd_fast import progress
     from ssd_fast.profiling import report
-    from ssd_fast.profiling.profile import STAGES_OF_OPTION, read_profile
+    from ssd_fast.profiling.profile import RESULT_FILES, STAGES_OF_OPTION, is_result, read_profile
 
+    if output is not None:
+        check_folder(output, "--output", RESULT_FILES, is_result)
     progress.setup_logging(None)
     earlier = [read_profile(path) for path in compared]
     if config is None or recipe is None:
@@ -253,22 +254,17 @@ def operators(
 ) -> None:
     """Time the operators beside their plain versions and beside what one would use in their place."""
     recipes = [load_config(path, overrides or ()) for path in config]
-    _check_folder(output)
 
     from ssd_fast import progress
-    from ssd_fast.profiling.operators import format_operators, profile_operators, write_operators
+    from ssd_fast.profiling import operators as profiled
 
-    progress.setup_logging(None)
-    measured = profile_operators(recipes, batch_size=batch_size, repeats=repeats)
-    print(format_operators(measured))
     if output is not None:
-        write_operators(output, measured)
-
-
-def _check_folder(output: Path | None) -> None:
-    """Whether results can be written there, before the work of making them; the folder is made with them."""
-    if output is not None and not (output.is_dir() or (output.parent.is_dir() and not output.exists())):
-        raise ValueError(f"--output {output}: expected a folder, or a new one in a folder that exists")
+        check_folder(output, "--output", (profiled.OPERATORS_FILE,), profiled.is_result)
+    progress.setup_logging(None)
+    measured = profiled.profile_operators(recipes, batch_size=batch_size, repeats=repeats)
+    print(profiled.format_operators(measured))
+    if output is not None:
+        profiled.write_operators(output, measured)
 
 
 @app.command()

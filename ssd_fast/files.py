@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _PREFIX, _SUFFIX = ".ssd_fast-", ".unfinished"
@@ -52,8 +53,11 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Raise ValueError, naming the option, where write_atomically could not make or replace a file; writes nothing."""
+def check_writable(path: Path, option: str, is_own: Callable[[Path], bool]) -> None:
+    """Raise ValueError, naming the option, where write_atomically could not make a file, or would replace another's.
+
+    is_own: whether an existing file is a result of the same kind, which may be replaced. Writes nothing.
+    """
     folder = path.parent
     if not folder.is_dir():
         raise ValueError(f"{option} {path}: no folder {folder}: expected a file in a folder that exists")
@@ -68,6 +72,31 @@ def check_writable(path: Path, option: str) -> None:
             path.stat()  # a name may be too long
     except OSError as error:
         raise ValueError(f"{option} {path}: cannot be written: {error.strerror}") from None
+    if path.exists() and not is_own(path):
+        raise ValueError(f"{option} {path}: exists, and is not such a file: expected the name of a new one")
+
+
+def check_folder(folder: Path, option: str, results: Iterable[str], is_own: Callable[[Path], bool]) -> None:
+    """Raise ValueError, naming the option, where results cannot go to a folder, or would replace files of others.
+
+    folder: may be missing, with those above it; it is not made.
+    results: names or patterns of files, relative to the folder. is_own: whether such files in the folder are earlier
+        results, which may be replaced.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"{option} {folder}: {place} is a file: expected a folder, or the place for a new one")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: {place} cannot be written to: {error.strerror}") from None
+    found = [path for pattern in results for path in sorted(folder.glob(pattern))]
+    if found and not is_own(folder):
+        raise ValueError(
+            f"{option} {folder}: {found[0].relative_to(folder)} exists and would be replaced, but is not an earlier "
+            "result: expected another folder"
+        )
 
 
 def _read_umask() -> int:

@@ -179,7 +179,8 @@ def test_an_output_folder_that_cannot_be_made_is_refused(run: Run, synthetic_set
 def test_an_unwritable_output_folder_is_refused(run: Run, synthetic_set: Path) -> None:
     output = Path("/sys/ssd_fast_run")  # where not even the superuser may make a folder
     assert re.search(
-        rf"{output}: (Operation not permitted|Permission denied)", failing_train(run, synthetic_set, output)
+        rf"{output}: /sys cannot be written to: (Operation not permitted|Permission denied)",
+        failing_train(run, synthetic_set, output),
     )
 
 

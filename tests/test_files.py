@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssd_fast.files import check_writable, remove_leftovers, unfinished, write_atomically
+from ssd_fast.files import check_folder, check_writable, remove_leftovers, unfinished, write_atomically
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -47,20 +47,36 @@ def test_a_place_that_cannot_be_written_to_is_refused_and_named(tmp_path: Path, 
     (tmp_path / "folder").mkdir()
     (tmp_path / "old").write_bytes(b"old")
     with pytest.raises(ValueError, match=f"--output {tmp_path / name}: {message}"):
-        check_writable(tmp_path / name, "--output")
+        check_writable(tmp_path / name, "--output", Path.is_file)
 
 
 def test_a_folder_that_takes_no_files_is_refused_and_named() -> None:
     with pytest.raises(ValueError, match="--output /proc/new: cannot be written: "):
-        check_writable(Path("/proc/new"), "--output")
+        check_writable(Path("/proc/new"), "--output", Path.is_file)
 
 
 def test_a_check_of_a_place_leaves_nothing_and_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(b"old")
     for name in ("old", "new"):
-        check_writable(tmp_path / name, "--output")
-    check_writable(Path("/dev/null"), "--output")
+        check_writable(tmp_path / name, "--output", Path.is_file)
+    check_writable(Path("/dev/null"), "--output", Path.is_dir)
     assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("old", b"old")]
+
+
+def test_results_go_to_a_new_folder_or_replace_earlier_ones_only(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "part_1.txt").write_bytes(b"mine")
+    names = ("whole.txt", "sub/part_*.txt")
+    check_folder(tmp_path / "new" / "newer", "--output", names, Path.is_file)
+    check_folder(tmp_path, "--output", names[:1], Path.is_file)
+    check_folder(tmp_path, "--output", names, Path.is_dir)
+    with pytest.raises(ValueError, match=rf"--output {tmp_path}: sub/part_1\.txt exists .*expected another folder"):
+        check_folder(tmp_path, "--output", names, Path.is_file)
+    with pytest.raises(ValueError, match=r"part_1\.txt is a file: expected a folder"):
+        check_folder(tmp_path / "sub" / "part_1.txt" / "new", "--output", names, Path.is_dir)
+    with pytest.raises(ValueError, match="--output /proc/new: /proc cannot be written to"):
+        check_folder(Path("/proc/new"), "--output", names, Path.is_dir)
+    assert sorted(item.name for item in tmp_path.rglob("*")) == ["part_1.txt", "sub"]
 
 
 KILLED = """

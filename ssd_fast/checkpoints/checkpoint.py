@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,8 @@ class Checkpoint(NamedTuple):
     model's BatchNorm statistics are the means of all ranks'; statistics holds each rank's own, one [N] float32 each.
     loader: state of the input pipeline of each rank, one uint8 tensor each.
     step: steps done. scores: the twelve COCO numbers by epoch (from 1), of a file of format 2 only.
+    losses: of each rank, [W, 3] of the W steps since they were last averaged; none in a file of an earlier version.
+    nonfinite_in_a_row: steps before those whose loss was not finite.
     """
 
     config: Config
@@ -48,6 +49,8 @@ class Checkpoint(NamedTuple):
     step: int
     steps_per_epoch: int
     scores: dict[int, dict[str, float]] = {}  # noqa: RUF012 — never changed
+    losses: list[torch.Tensor] = []  # noqa: RUF012
+    nonfinite_in_a_row: int = 0
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -98,9 +101,9 @@ def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
     return Checkpoint(**values | {"config": config, "categories": categories})
 
 
-def numbered_path(folder: Path, step: int) -> Path:
-    """Return the path of the checkpoint after a number of steps."""
-    return folder / f"step_{step:09d}.pt"
+def numbered_path(folder: Path, step: int | None) -> Path:
+    """Return the path of the checkpoint after a number of steps; None for a pattern of all such paths."""
+    return folder / ("step_*.pt" if step is None else f"step_{step:09d}.pt")
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -127,11 +130,12 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest numbered checkpoints. The best checkpoint has another name and stays."""
-    for path in list(_numbered(folder))[keep:]:
+    for path in _numbered(folder)[keep:]:
         path.unlink()
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
-    """Yield the numbered checkpoints of a folder, newest first."""
-    if folder.is_dir():
-        yield from sorted((path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name)), reverse=True)
+def _numbered(folder: Path) -> list[Path]:
+    """Return the numbered checkpoints of a folder, newest first; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name)), reverse=True)

@@ -80,6 +80,14 @@ def dump_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def is_dumped(path: Path) -> bool:
+    """Whether a file holds what dump_toml gives, so that nothing is lost with it."""
+    try:
+        return path.read_text() == dump_toml(load_config(path))
+    except (OSError, ValueError):
+        return False
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))

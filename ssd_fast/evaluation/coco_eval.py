@@ -42,6 +42,8 @@ _NUMBERS = (
     ("mar_medium", "recall", None, "medium", 100),
     ("mar_large", "recall", None, "large", 100),
 )
+_FIRST_LINE = b"[\n"
+_FIRST_RESULT = b'[\n{"image_id":'
 _IOU_INDEX = {None: slice(None), 0.50: slice(0, 1), 0.75: slice(5, 6)}
 
 
@@ -187,7 +189,7 @@ def format_scores(scores: CocoScores, *, per_class: bool = False) -> str:
 
 
 def write_results(detections: DetectionTable, path: Path) -> None:
-    """Write COCO's result format, one object per detection; the file appears as a whole or not at all.
+    """Write COCO's result format, one line per detection; the file appears as a whole or not at all.
 
     Numbers keep every bit: scoring the file gives the same bits as scoring the table.
     """
@@ -199,8 +201,14 @@ def write_results(detections: DetectionTable, path: Path) -> None:
         detections.scores.tolist(),
         strict=True,
     )
-    data = msgspec.json.encode([_Result(image, category, box, score_) for image, category, box, score_ in rows])
-    write_atomically(path, data)
+    lines = msgspec.json.Encoder().encode_lines(_Result(*row) for row in rows)
+    write_atomically(path, _FIRST_LINE + lines[:-1].replace(b"\n", b",\n") + b"\n]\n")
+
+
+def is_results_file(path: Path) -> bool:
+    """Whether write_results has written a file: other programs do not break the lines as it does."""
+    with path.open("rb") as file:
+        return file.read(len(_FIRST_RESULT)).startswith((_FIRST_RESULT, _FIRST_LINE + b"\n]"))
 
 
 def read_results(path: Path) -> DetectionTable:

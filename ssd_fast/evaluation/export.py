@@ -21,9 +21,10 @@ from kernels.constants import CENTRE_VARIANCE, SIZE_VARIANCE
 from ssd_fast.config.sections import Config, DetectionConfig
 from ssd_fast.data.annotations import read_categories
 from ssd_fast.evaluation.detector import Detector, load_detector
-from ssd_fast.files import write_atomically
+from ssd_fast.files import check_writable, write_atomically
 from ssd_fast.model.ssd import SSD, Predictions
 
+_PRODUCER = "ssd_fast"
 _NETWORK_TOLERANCE = 1e-4  # as a fraction of an output's largest value
 _SCORE_TOLERANCE, _BOX_TOLERANCE = 1e-4, 1e-3
 _SHARE_TO_AGREE = 0.99  # rounding may decide differently where a score or an IoU is close to its threshold
@@ -72,8 +73,8 @@ def export_onnx(
     with_decode: include decoding and non-maximum suppression.
     Raises ValueError for a checkpoint that cannot be used, and ExportError.
     """
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: expected a file in a folder that exists")
+    _require_packages()
+    check_writable(output, "--output", _is_export)
     categories = read_categories(annotations) if annotations else None
     detector, _ = load_detector(
         checkpoint, torch.device("cpu"), config=config, overrides=overrides, categories=categories
@@ -93,10 +94,7 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
     hold the categories as JSON.
     Raises ExportError when a package is missing or ONNX cannot express the configuration.
     """
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " and ".join(missing)
-        raise ExportError(f"{names} not installed: expected after pip install '.[export]' in the project's folder")
+    _require_packages()
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     if with_decode:
@@ -120,8 +118,26 @@ def to_onnx(detector: Detector, *, with_decode: bool) -> bytes:
     ClearMetadataAndDocStringPass()(program.model)  # removes the source line of each operator
     content = program.model_proto
     categories = json.dumps([category._asdict() for category in detector.categories])
+    content.producer_name = _PRODUCER
     content.metadata_props.add(key="categories", value=categories)
     return content.SerializeToString()
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        raise ExportError(f"{names} not installed: expected after pip install '.[export]' in the project's folder")
+
+
+def _is_export(path: Path) -> bool:
+    """Whether to_onnx has made a file."""
+    import onnx
+
+    try:
+        return onnx.load(path, load_external_data=False).producer_name == _PRODUCER
+    except Exception:  # errors of several packages, on files of others
+        return False
 
 
 def check_onnx(content: bytes, detector: Detector, *, with_decode: bool) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from ssd_fast import exit_status
+from ssd_fast.config.recipe import dump_toml, is_dumped
 from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import NUMBERED_CATEGORIES, read_categories
 from ssd_fast.data.coco import CocoSet, load_coco
@@ -26,6 +27,7 @@ from ssd_fast.data.policy import DataError
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation import coco_eval
 from ssd_fast.evaluation.detector import Detector, load_detector, make_random_detector
+from ssd_fast.files import check_folder, write_atomically
 from ssd_fast.loadgen.logs import (
     ACCURACY_LOG,
     DETAIL_LOG,
@@ -40,6 +42,7 @@ from ssd_fast.loadgen.system import Answers, SampleLibrary, SystemUnderTest
 
 logger = logging.getLogger(__name__)
 
+RECIPE = "benchmark.toml"  # the configuration, beside the logs
 _REPORT_INTERVAL_S = 30.0
 
 Events = queue.SimpleQueue[BaseException | None]
@@ -62,6 +65,7 @@ def benchmark(
     output: folder for LoadGen's logs. overrides: of the checkpoint's own recipe, where config is None.
     Raises ValueError for settings that cannot be measured.
     """
+    check_folder(output, "--output", (RECIPE, *LOGS), lambda folder: is_dumped(folder / RECIPE))
     device = World().device()
     detector, config = _load(checkpoint, data_dir, config, overrides, device)
     coco_set = None
@@ -108,6 +112,7 @@ def run(
             "accuracy log counts images by their position in the file: expected all of them to be usable"
         )
     output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / RECIPE, dump_toml(config).encode())
     for name in LOGS:
         (output / name).unlink(missing_ok=True)
 

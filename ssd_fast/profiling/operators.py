@@ -29,6 +29,7 @@ from ssd_fast.tables import Row, Table, format_pairs, format_table
 
 logger = logging.getLogger(__name__)
 
+OPERATORS_FILE = "operators.json"
 _MIN_REPEATS, _SECONDS_EACH = 3, 1.0
 _FLUSHED_BYTES = 2**30
 
@@ -90,12 +91,20 @@ class OperatorProfile(NamedTuple):
     rows: list[Measurement]
 
 
+def is_result(folder: Path) -> bool:
+    """Whether write_operators has written the file in a folder."""
+    try:
+        return json.loads((folder / OPERATORS_FILE).read_bytes()).keys() == {"environment", "rows"}
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def write_operators(folder: Path, measured: OperatorProfile) -> None:
     """Write everything that was measured, all samples included, to operators.json in a folder."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [row._asdict() | {"times": row.times and row.times._asdict()} for row in measured.rows]
     content = json.dumps({"environment": measured.environment._asdict(), "rows": rows}, indent=1)
-    write_atomically(folder / "operators.json", content.encode())
+    write_atomically(folder / OPERATORS_FILE, content.encode())
 
 
 def profile_operators(configs: Sequence[Config], *, batch_size: int | None, repeats: int) -> OperatorProfile:

@@ -17,7 +17,8 @@ STAGES_OF_OPTION = {
     "evaluation": (EVALUATION,),
 }
 REST = "the rest"
-PROFILE_FILE = "profile.json"
+PROFILE_FILE, REPORT_FILE = "profile.json", "report.html"
+RESULT_FILES = (PROFILE_FILE, REPORT_FILE, "trace_rank*.json.gz")
 
 
 class ProfileError(ValueError):
@@ -209,3 +210,12 @@ def read_profile(path: Path) -> Profile:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ProfileError(f"{path}: expected a profile of `ssd-fast profile`: {key}: {first['msg']}") from None
+
+
+def is_result(folder: Path) -> bool:
+    """Whether a folder holds a profile."""
+    try:
+        read_profile(folder)
+    except (OSError, ValueError):
+        return False
+    return True

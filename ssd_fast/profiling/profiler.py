@@ -33,6 +33,7 @@ from ssd_fast.profiling.profile import (
     EVALUATION,
     INPUT_ALONE,
     PROFILE_FILE,
+    REPORT_FILE,
     STEP_ALONE,
     Machine,
     Profile,
@@ -139,12 +140,12 @@ def write_files(folder: Path, measured: Measured, before: Profile | None = None)
 
     before: an earlier profile, for report.html to compare with.
     """
-    folder.mkdir(exist_ok=True)
-    if measured.trace:
-        write_atomically(folder / f"trace_rank{measured.rank}.json.gz", measured.trace)
+    folder.mkdir(parents=True, exist_ok=True)
     if measured.rank == 0:
         write_atomically(folder / PROFILE_FILE, measured.profile.model_dump_json(indent=1).encode())
-        write_atomically(folder / "report.html", to_html(measured.profile, before).encode())
+        write_atomically(folder / REPORT_FILE, to_html(measured.profile, before).encode())
+    if measured.trace:
+        write_atomically(folder / f"trace_rank{measured.rank}.json.gz", measured.trace)
 
 
 def _make_detector(

@@ -28,6 +28,11 @@ class RunFolder:
         self.precision_recall_image = path / "precision_recall.png"
         self.detections_image = path / "detections.png"
 
+    def results(self) -> list[str]:
+        """Names and patterns of all files of a run, relative to its folder."""
+        files = set(vars(self).values()) - {self.path, self.checkpoints, self.tensorboard}
+        return sorted(str(path.relative_to(self.path)) for path in files | {numbered_path(self.checkpoints, None)})
+
     def checkpoint(self, step: int) -> Path:
         """Path of the checkpoint after a number of steps."""
         return numbered_path(self.checkpoints, step)

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from dali_pipelines.batch import TrainBatch
 from ssd_fast.config.sections import Config
 from ssd_fast.parts import INPUT
@@ -86,8 +88,18 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for `load_state_dict`."""
-        return {"step": self.step, "steps_per_epoch": self.steps_per_epoch}
+        return {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "nonfinite_in_a_row": self._meter.nonfinite_in_a_row,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def unread_losses(self) -> torch.Tensor:
+        """This rank's losses since they were last read, [W, 3], for `load_state_dict`."""
+        return self._meter.unread()
+
+    def load_state_dict(self, state: Mapping[str, Any], unread_losses: torch.Tensor) -> None:
         """Continue at a position."""
         self.step = state["step"]
+        self._meter.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self._meter.continue_window(unread_losses.to(self.train_step.device), self.step)

@@ -1,7 +1,6 @@
 """A training run: from a recipe and a data folder to checkpoints, records and images."""
 
 import logging
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -18,7 +17,7 @@ from ssd_fast.checkpoints.checkpoint import (
 )
 from ssd_fast.checkpoints.finetuning import load_for_finetuning
 from ssd_fast.checkpoints.weights import load_backbone_weights
-from ssd_fast.config.recipe import dump_toml
+from ssd_fast.config.recipe import dump_toml, is_dumped
 from ssd_fast.config.sections import Config
 from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import make_eval_loader, make_train_loader
@@ -26,7 +25,7 @@ from ssd_fast.data.sets import Reading, TrainAndVal, load_sets
 from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector
-from ssd_fast.files import remove_leftovers, write_atomically
+from ssd_fast.files import check_folder, remove_leftovers, write_atomically
 from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
@@ -70,6 +69,7 @@ class _RankState(NamedTuple):
 
     statistics: torch.Tensor
     loader: torch.Tensor
+    losses: torch.Tensor
     weights_digest: str
 
 
@@ -103,6 +103,8 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, reading
         sets = load_sets(config, data_dir, world, reading)
         if world.is_main:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not folder.recipe.exists():  # it tells the folder of a run
+                write_atomically(folder.recipe, dump_toml(config).encode())
             setup_logging(folder.log)
         with Run(config, sets, folder, saved, world) as run:
             return run.train(stop)
@@ -165,7 +167,8 @@ class Run:
         self.stopped_by = 0
         if saved:
             self.train_step.load_state_dict(saved.checkpoint._asdict(), saved.checkpoint.statistics[world.rank])
-            self.loop.load_state_dict(saved.checkpoint._asdict())
+            losses = saved.checkpoint.losses[world.rank] if saved.checkpoint.losses else torch.zeros(0, 3)
+            self.loop.load_state_dict(saved.checkpoint._asdict(), losses)
             logger.info("%s: resumes after step %d", folder.path, self.loop.step)
         if world.is_main:
             write_atomically(folder.recipe, dump_toml(config).encode())
@@ -283,6 +286,7 @@ class Run:
         own = _RankState(
             self.train_step.running_statistics.cpu().clone(),
             torch.frombuffer(bytearray(self.train_loader.state()), dtype=torch.uint8),
+            self.loop.unread_losses(),
             self.train_step.weights_digest(),
         )
         ranks = self.world.gather(own)
@@ -302,6 +306,7 @@ class Run:
             **self.train_step.state_dict(),
             statistics=[rank.statistics for rank in ranks],
             loader=[rank.loader for rank in ranks],
+            losses=[rank.losses for rank in ranks],
             **self.loop.state_dict(),
         )
         save_checkpoint(self.folder.checkpoint(step), checkpoint)
@@ -310,23 +315,17 @@ class Run:
 
 def _open(folder: RunFolder, *, resume: bool) -> Saved | None:
     """The state to resume from. Raises ValueError when a new run would overwrite another or has no place."""
-    place = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ValueError(f"--output {folder.path}: {place} is a file: expected a folder, or the place for a new one")
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder.path)) from None
-    if not resume and folder.metrics.exists():
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    if not resume and (checkpoint or folder.metrics.exists()):
         raise CheckpointError(
             f"{folder.path}: holds a run already: expected another --output, or --resume to go on with it"
         )
+    is_run = checkpoint is not None or is_dumped(folder.recipe)
+    check_folder(folder.path, "--output", folder.results(), lambda _: is_run)
     remove_leftovers(folder.path)
     remove_leftovers(folder.checkpoints)
     folder.interrupted.unlink(missing_ok=True)
     folder.new_detections.unlink(missing_ok=True)
-    checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
     if checkpoint is None:
         return None
     if checkpoint.scores:  # a run of an earlier version, which had no file of scores

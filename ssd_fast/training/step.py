@@ -152,21 +152,30 @@ class LossMeter:
         self._world = world
         self._losses: list[torch.Tensor] = []
         self._steps: list[int] = []
-        self._in_a_row = 0
+        self.nonfinite_in_a_row = 0  # at the end of the last window
 
     def add(self, loss: Loss, step: int) -> None:
         """Add the loss of a step, without waiting for it."""
         self._losses.append(torch.stack([loss.total, loss.box, loss.class_]))
         self._steps.append(step)
 
+    def unread(self) -> torch.Tensor:
+        """Return the losses of the window so far, [W, 3] on the CPU, for `continue_window`. Waits for the device."""
+        return torch.stack(self._losses).cpu() if self._losses else torch.zeros(0, 3)
+
+    def continue_window(self, losses: torch.Tensor, step: int) -> None:
+        """Go on with a window whose last step is the one before step."""
+        self._losses = list(losses)
+        self._steps = list(range(step - len(losses), step))
+
     def read(self) -> LossWindow:
         """Return the window so far and begin the next one. Waits for the device and for the other ranks."""
         losses = self._world.average_(torch.stack(self._losses).double().cpu())  # one bad loss spoils the mean: wanted
         finite = torch.isfinite(losses).all(dim=1)
-        longest = self._in_a_row
+        longest = self.nonfinite_in_a_row
         for good in finite.tolist():
-            self._in_a_row = 0 if good else self._in_a_row + 1
-            longest = max(longest, self._in_a_row)
+            self.nonfinite_in_a_row = 0 if good else self.nonfinite_in_a_row + 1
+            longest = max(longest, self.nonfinite_in_a_row)
         last = max((step for step, good in zip(self._steps, finite.tolist(), strict=True) if not good), default=-1)
         self._losses, self._steps = [], []
         total, box, class_ = losses[finite].mean(dim=0).tolist()

@@ -111,6 +111,7 @@ def test_the_command_measures_everything_and_says_what_failed(tmp_path: Path, mo
 
 def test_the_command_refuses_before_it_measures(tmp_path: Path) -> None:
     arguments = ["operators", "--config", str(DEMO)]
-    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "none" / "times")])
-    assert "expected a folder, or a new one in a folder that exists" in str(result.exception)
+    (tmp_path / "file").write_bytes(b"")
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "file")])
+    assert "file is a file: expected a folder" in str(result.exception)
     assert "Missing option '--config'" in CliRunner().invoke(app, arguments[:1]).output

@@ -90,7 +90,7 @@ def test_the_command_leaves_a_report_that_can_be_compared(synthetic_set: Path, t
         (["--config", "demo", "--stage", "step", "--compare", "demo", "--compare", "demo"], "expected one earlier"),
         (["--config", "demo", "--stage", "step", "--compare", "nowhere"], "nowhere"),
         (["--compare", "demo", "--compare", "demo"], r"demo\.toml: expected a profile"),
-        (["--config", "demo", "--stage", "step", "--output", "no/where"], "expected a folder"),
+        (["--config", "demo", "--stage", "step", "--output", __file__], "is a file: expected a folder"),
         (["--config", "demo", "--data", "nowhere"], "nowhere"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_config
 
 from ssd_fast.checkpoints.checkpoint import BEST, CheckpointError, load_checkpoint, numbered_path
+from ssd_fast.config.recipe import is_dumped
 from ssd_fast.training.run import train
 from ssd_fast.training.scores import read_scores
 
@@ -18,6 +19,7 @@ STEPS = 16  # of the finished run
 def test_a_run_is_not_overwritten(finished: Path, synthetic_set: Path) -> None:
     with pytest.raises(CheckpointError, match=r"finished: holds a run already: expected another --output, or --resume"):
         train(tiny_config(), synthetic_set, finished, resume=False)
+    assert is_dumped(finished / "config.toml")
 
 
 def test_a_run_of_other_classes_or_another_model_cannot_be_resumed(
