@@ -27,6 +27,7 @@ Takes boxes_ltrb [T, 4] float32, labels [T] int32 and offsets [B + 1] int64: tho
 offsets[b + 1]. Returns deltas [B, A, 4] and labels [B, A] int32. All tensors are on one device.
 """
 
+_DATA_SET = "data set"
 _FORMAT = 2  # of a saved state. 1 was that of DALI's COCO reader, which had an order of its own
 
 
@@ -78,7 +79,7 @@ class TrainLoader:
         _check(images, augmentation)
         self._image_ids = images.image_ids
         self._identity = _identity(images, seed, batch_size, rank, world_size, encode)
-        self._batches_given, checkpoint = (0, None) if state is None else _unpack(state, self._identity)
+        self._batches_given, checkpoint = (0, None) if state is None else _unpack(state, self._identity, images)
         order = TrainingOrder(
             len(images.file_names), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
         )
@@ -217,7 +218,7 @@ def _identity(
     for array in (images.image_ids, images.sizes_hw, images.boxes_ltrb, images.labels, images.offsets):
         data_set.update(array.tobytes())
     return {
-        "data set": data_set.hexdigest(),
+        _DATA_SET: data_set.hexdigest(),
         "seed": seed,
         "batch size": batch_size,
         "rank": rank,
@@ -227,7 +228,7 @@ def _identity(
     }
 
 
-def _unpack(state: bytes, identity: dict[str, Any]) -> tuple[int, bytes]:
+def _unpack(state: bytes, identity: dict[str, Any], images: LabelledImages) -> tuple[int, bytes]:
     header, separator, checkpoint = state.partition(b"\n")
     try:
         saved = json.loads(header)
@@ -240,6 +241,11 @@ def _unpack(state: bytes, identity: dict[str, Any]) -> tuple[int, bytes]:
             f"state of the training input: format = {saved.get('format', 1)}: expected {_FORMAT}: another version of "
             "this program, which orders images otherwise, saved it. Finish the run with that version, or begin a new "
             "run with the weights of its checkpoint"
+        )
+    if saved.get(_DATA_SET) != identity[_DATA_SET]:
+        raise ValueError(
+            f"state of the training input: it belongs to other images or boxes than the {len(images.file_names)} of "
+            f"{images.image_dir} that have boxes: expected the training set that the run began with"
         )
     for key, value in identity.items():
         if saved.get(key) != value:

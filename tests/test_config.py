@@ -128,6 +128,8 @@ def test_every_key_has_a_default_and_the_defaults_are_the_recipe_of_ssd300() -> 
 
 
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such recipe: the program's own is --config ssd300$"):
+        load_config(tmp_path / "configs" / "ssd300.toml")
     with pytest.raises(ConfigError, match=r"nowhere\.toml: no such recipe"):
         load_config(tmp_path / "nowhere.toml")
     with pytest.raises(ConfigError, match=r"broken\.toml: not TOML"):

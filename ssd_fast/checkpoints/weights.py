@@ -29,10 +29,14 @@ _REFERENCE_PREFIXES = {
     "box_heads.": "loc.",
     "class_heads.": "conf.",
 }
-_STATE_KEYS = ("model", "state_dict", "model_state_dict")
-# Of DistributedDataParallel, torch.compile, and of a network that is an attribute of another.
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Keys under which programs save a state dict beside other things; of several, the first one here counts.
+_STATE_KEYS = ("model", "state_dict", "model_state_dict", "weights", "net", "network", "module", "ema", "model_ema")
+# Before all names: of DistributedDataParallel and AveragedModel, and of a network that is an attribute of another.
+_WRAPPERS = ("module.", "model.", "net.", "network.")
+_COMPILED = "_orig_mod."  # of torch.compile, before the names of each module that was compiled
+_NUM_AVERAGED = "n_averaged"  # of AveragedModel, beside its network
 # Errors that torch.load was seen to raise for truncated files and for files with changed bytes.
+_FIRST_BLOCK = "layer1.0.conv1.weight"  # of a ResNet
 _DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
 HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)")
 
@@ -43,6 +47,8 @@ def read_torch_file(path: Path) -> Any:
     For a whole nn.Module, return its state dict.
     Raises ValueError that names the file if it cannot be read, is damaged or holds something else.
     """
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: expected a file of torch.save: load it with safetensors.torch and save that")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -68,8 +74,10 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
     """
     where = str(source) if isinstance(source, Path) else "state dict"
     state = read_torch_file(source) if isinstance(source, Path) else source
-    if isinstance(state, Mapping):
-        state = next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), Mapping)), state)
+    while isinstance(state, Mapping) and (
+        inner := next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), Mapping)), None)
+    ):
+        state = inner
     if not isinstance(state, Mapping) or not state:
         keys = " or ".join(f'"{key}"' for key in _STATE_KEYS)
         raise ValueError(f"{where}: expected a state dict, or one under the key {keys}; found {_describe(state)}")
@@ -80,9 +88,10 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
     ]
     if foreign:
         raise ValueError(f"{where}: expected a tensor under every name; found {', '.join(foreign[:5])}")
+    state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items() if name != _NUM_AVERAGED}
     while prefix := next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in state)), ""):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return dict(state)
+    return state
 
 
 def layout_of(source: Source) -> Literal["ours", "reference"]:
@@ -116,13 +125,17 @@ def load_backbone_weights(model: SSD, source: str) -> None:
     """Fill the backbone as the configuration's key model.backbone_weights says.
 
     source: "imagenet" for torchvision's IMAGENET1K_V1 weights, downloaded once into torch's cache; "none" to leave the
-    backbone as it is; else the path of a state dict of the same torchvision ResNet, with or without layer4 and fc.
+        backbone as it is; else the path of a state dict of the same torchvision ResNet, with or without layer4 and fc,
+        or of a network that holds one.
     Raises ValueError if the file cannot be downloaded or read. Its message names every entry that does not fit.
     """
     if source == "none":
         return
     path = _imagenet_file(model.config.backbone) if source == "imagenet" else Path(source)
     state = read_state_dict(path)
+    first = next((name for name in state if name.endswith(_FIRST_BLOCK)), _FIRST_BLOCK)
+    prefix = first.removesuffix(_FIRST_BLOCK)  # of a backbone within a larger network
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     try:
         fill(model.backbone, {name: state[name] for name in state if not name.startswith(("layer4.", "fc."))})
     except ValueError as error:

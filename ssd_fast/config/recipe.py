@@ -53,10 +53,14 @@ def _named(path: Path, otherwise: Path | None = None) -> Path:
     """
     if path.suffix or len(path.parts) != 1 or path.is_file():
         return otherwise or path
-    known = {file.stem: file for file in sorted(recipe_folder().glob("*.toml"))}
+    known = _own_recipes()
     if path.name not in known:
         raise ConfigError(f"{path}: no such recipe: expected a file, or one of {', '.join(known)}")
     return known[path.name]
+
+
+def _own_recipes() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(recipe_folder().glob("*.toml"))}
 
 
 def override_config(config: Config, overrides: Sequence[str], *, source: str) -> Config:
@@ -92,7 +96,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe") from None
+        hint = f": the program's own is --config {path.stem}" if path.stem in _own_recipes() else ""
+        raise ConfigError(f"{path}: no such recipe{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     except OSError as error:

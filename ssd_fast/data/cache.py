@@ -16,7 +16,7 @@ from ssd_fast.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the content: raise it whenever what is kept, or how it is found, changes
+_VERSION = 3  # of the content: raise it whenever what is kept, or how it is found, changes
 _KEPT = 64  # files
 
 

@@ -47,6 +47,7 @@ class CocoSet(NamedTuple):
     categories: label k (from 1) is categories[k - 1].
     images: images and ground truths.
     num_left_out_images, num_left_out_boxes: bad ones that the policies left out.
+    truths_digest: what tells its annotations from others, areas and crowds too, by which detections are scored.
     """
 
     annotation_file: Path
@@ -54,6 +55,7 @@ class CocoSet(NamedTuple):
     images: LabelledImages
     num_left_out_images: int
     num_left_out_boxes: int
+    truths_digest: str
 
     def has_boxes_of(self, categories: Sequence[Category]) -> bool:
         """Whether an image has a box of one of these categories, by their names; false for a test set."""
@@ -62,8 +64,9 @@ class CocoSet(NamedTuple):
         return bool(np.isin(self.images.labels, labels).any())
 
     def digest(self) -> str:
-        """What tells this set from others: its images, boxes and classes."""
-        found = hashlib.sha256(repr((self.categories, self.images.file_names)).encode(errors="surrogatepass"))
+        """What tells this set from others: its images, annotations and classes."""
+        facts = self.categories, self.images.file_names, self.truths_digest
+        found = hashlib.sha256(repr(facts).encode(errors="surrogatepass"))
         for array in self.images[2:]:
             found.update(array.tobytes())
         return found.hexdigest()[:16]
@@ -106,6 +109,7 @@ class ReadSet(NamedTuple):
     images: all images, with their usable boxes.
     bad_boxes: a text for each box that cannot be used.
     doubt: what is strange about categories or about all boxes, or nothing.
+    truths_digest: as in CocoSet.
     """
 
     annotation_file: Path
@@ -113,6 +117,7 @@ class ReadSet(NamedTuple):
     images: LabelledImages
     bad_boxes: tuple[str, ...]
     doubt: str
+    truths_digest: str
 
 
 class _GroundTruths(NamedTuple):
@@ -176,7 +181,8 @@ def read_set(
     found = _read(annotation_file, image_dir, classes, with_crowds, only_annotated)
     if len(found.bad_boxes) <= _MOST_KEPT_TEXTS:
         texts: dict[str, Any] = {"categories": found.categories, "file_names": found.images.file_names}
-        texts |= {"bad_boxes": found.bad_boxes, "doubt": found.doubt, "sha256": _digest(annotation_file)}
+        texts |= {"bad_boxes": found.bad_boxes, "doubt": found.doubt, "truths": found.truths_digest}
+        texts["sha256"] = _digest(annotation_file)
         cache.store_entry(name, facts | texts, {key: getattr(found.images, key) for key in _ARRAYS})
     return found
 
@@ -194,7 +200,7 @@ def _unpacked(entry: cache.Entry, annotation_file: Path, image_dir: Path) -> Rea
     facts, arrays = entry
     images = LabelledImages(image_dir=image_dir, file_names=tuple(facts["file_names"]), **arrays)
     categories = tuple(Category(*category) for category in facts["categories"])
-    return ReadSet(annotation_file, categories, images, tuple(facts["bad_boxes"]), facts["doubt"])
+    return ReadSet(annotation_file, categories, images, tuple(facts["bad_boxes"]), facts["doubt"], facts["truths"])
 
 
 def _digest(path: Path) -> str:
@@ -238,6 +244,7 @@ def check_images(
         images=_select(found.images, keep) if problems else found.images,
         num_left_out_images=len(problems),
         num_left_out_boxes=len(found.bad_boxes),
+        truths_digest=found.truths_digest,
     )
 
 
@@ -274,7 +281,14 @@ def _read(
     )
     repeated = describe_repeated(instances, usable_categories(instances, annotation_file))
     doubts = repeated, _doubt(truths.boxes_ltrb, sizes_hw[truths.owners])
-    return ReadSet(annotation_file, categories, images, bad_boxes, "; ".join(filter(None, doubts)))
+    text = "; ".join(filter(None, doubts))
+    return ReadSet(annotation_file, categories, images, bad_boxes, text, _truths_digest(instances))
+
+
+def _truths_digest(instances: Instances) -> str:
+    """What the annotations hold that scoring reads and LabelledImages do not."""
+    rows = [(item.area, bool(item.iscrowd)) for item in instances.annotations]
+    return hashlib.sha256(np.array(rows, dtype=np.float64).tobytes()).hexdigest()[:16]
 
 
 def _describe_bad(box_ltrb: np.ndarray, size_hw: np.ndarray) -> str:

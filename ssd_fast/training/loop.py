@@ -95,11 +95,12 @@ class Loop:
         }
 
     def unread_losses(self) -> torch.Tensor:
-        """This rank's losses since they were last read, [W, 3], for `load_state_dict`."""
+        """This rank's losses since they were last read, [W, 3]."""
         return self._meter.unread()
 
-    def load_state_dict(self, state: Mapping[str, Any], unread_losses: torch.Tensor) -> None:
-        """Continue at a position."""
+    def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
+        """Continue at a position. rank: whose losses to go on with, of those of all ranks in the state."""
         self.step = state["step"]
         self._meter.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-        self._meter.continue_window(unread_losses.to(self.train_step.device), self.step)
+        if state["losses"]:  # none in a checkpoint of an earlier version
+            self._meter.continue_window(state["losses"][rank].to(self.train_step.device), self.step)

@@ -167,8 +167,7 @@ class Run:
         self.stopped_by = 0
         if saved:
             self.train_step.load_state_dict(saved.checkpoint._asdict(), saved.checkpoint.statistics[world.rank])
-            losses = saved.checkpoint.losses[world.rank] if saved.checkpoint.losses else torch.zeros(0, 3)
-            self.loop.load_state_dict(saved.checkpoint._asdict(), losses)
+            self.loop.load_state_dict(saved.checkpoint._asdict(), world.rank)
             logger.info("%s: resumes after step %d", folder.path, self.loop.step)
         if world.is_main:
             write_atomically(folder.recipe, dump_toml(config).encode())

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import conv2d
 
 from ssd_fast.checkpoints.weights import (
     layout_of,
+    load_backbone_weights,
     load_weights,
     read_state_dict,
 )
@@ -78,6 +80,20 @@ class TestReferenceLayout:
         assert layout_of(tmp_path / name) == "reference"
         load_weights(other, tmp_path / name)
         assert equal(plain.state_dict(), other.state_dict())
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda state: {"model": {"state_dict": state}, "epoch": 3},
+            lambda state: {"ema": state},
+            lambda state: {"n_averaged": torch.tensor(7)} | {f"module.{name}": state[name] for name in state},
+            lambda state: {name.replace("model.", "model._orig_mod.", 1): state[name] for name in state},
+            lambda state: {"net": {f"module._orig_mod.{name}": state[name] for name in state}},
+        ],
+    )
+    def test_what_trainers_put_around_weights_does_not_matter(self, wrap: Callable[[dict], dict]) -> None:
+        state = reference_state()
+        assert read_state_dict(wrap(state)).keys() == state.keys()
 
     def test_missing_batch_counters_and_saved_default_boxes_do_not_matter(self) -> None:
         state, model = reference_state(), SSD(CONFIG, num_classes=3)
@@ -166,3 +182,24 @@ class TestLayouts:
         torch.save({"model": {"weight": torch.zeros(1)}, "recipe": CONFIG}, tmp_path / "run.pytorch")
         with pytest.raises(ValueError, match=r"run\.pytorch: expected a file of torch.save that holds only tensors"):
             read_state_dict(tmp_path / "run.pytorch")
+
+
+class TestBackbone:
+    @pytest.mark.parametrize("before", ["", "encoder.", "module.encoder_q.", "backbone._orig_mod."])
+    def test_a_resnet_is_found_within_another_network(self, tmp_path: Path, before: str) -> None:
+        resnet, model = torchvision.models.resnet18(weights=None), SSD(CONFIG, num_classes=3)
+        state = {before + name: tensor for name, tensor in resnet.state_dict().items()}
+        if before:
+            state[f"{before.split('.')[0]}_head.weight"] = torch.zeros(3)
+        torch.save({"state_dict": state}, tmp_path / "weights.pth")
+        load_backbone_weights(model, str(tmp_path / "weights.pth"))
+        for name, tensor in model.backbone.state_dict().items():
+            assert torch.equal(tensor, resnet.state_dict()[name])
+
+    def test_what_is_no_such_resnet_is_refused(self, tmp_path: Path) -> None:
+        torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=r"(?s)weights\.pth is not of a resnet18: .*layer1\.2\..* is unexpected"):
+            load_backbone_weights(SSD(CONFIG, num_classes=3), str(tmp_path / "weights.pth"))
+        (tmp_path / "weights.safetensors").write_bytes(b"{}")
+        with pytest.raises(ValueError, match=r"weights\.safetensors: expected a file of torch\.save"):
+            load_backbone_weights(SSD(CONFIG, num_classes=3), str(tmp_path / "weights.safetensors"))

@@ -265,3 +265,18 @@ def test_what_was_found_in_a_large_file_is_kept_until_the_file_changes(
     assert len(read) == 4
     next((tmp_path / "cache").iterdir()).write_bytes(b"damaged")
     assert everything({"with_crowds": True})[1][-1] == everything({})[1][-1] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("index", "key", "value"),
+    [(0, "bbox", [1, 2, 10, 21]), (0, "area", 201), (2, "iscrowd", 0), (1, "category_id", 90)],
+)
+def test_every_change_by_which_detections_score_otherwise_tells_sets_apart(
+    tmp_path: Path, index: int, key: str, value: Any
+) -> None:
+    instances = make_set(tmp_path)
+    before = load(tmp_path, instances).digest()
+    instances["info"] = "something else"
+    assert load(tmp_path, instances).digest() == before
+    instances["annotations"][index][key] = value
+    assert load(tmp_path, instances).digest() != before
