@@ -63,8 +63,13 @@ class HorovodWorld(World):
         return tuple(agreed.int().tolist())
 
     def broadcast(self, value: T) -> T:
-        with self._watch.waiting():
-            return self._hvd.broadcast_object(value, root_rank=0, name="broadcast")
+        # Horovod's own broadcast_object converts a byte at a time: 100 MB took 7 s on two ranks, against 0.1 s.
+        content = bytearray(pickle.dumps(value)) if self.is_main else bytearray()
+        size = torch.tensor([len(content)])
+        self._wait(self._hvd.broadcast_async_(size, root_rank=0, name="broadcast size"))
+        data = torch.frombuffer(content or bytearray(int(size)), dtype=torch.uint8)
+        received = self._wait(self._hvd.broadcast_async_(data, root_rank=0, name="broadcast"))
+        return value if self.is_main else pickle.loads(received.numpy())
 
     def gather(self, value: T) -> list[T]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
