@@ -31,7 +31,7 @@ $(VENV)/installed: requirements.lock pyproject.toml setup.py $(KERNEL_SOURCES)
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 to 3.13 with venv and ensurepip found: install one (Debian: apt-get install python3-venv), or say make PYTHON=…" >&2; exit 1; }
 	echo "environment: $(PYTHON) -> $(VENV) (about 6 GB, mostly PyTorch and its CUDA libraries)"
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(BIN)/python -c 'import kernels; print("kernels:", kernels.cuda_build())'
 	touch $@
