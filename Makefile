@@ -66,8 +66,8 @@ sanitize: install
 	for library in libasan.so libubsan.so libstdc++.so; do preload+=" $$($$compiler -print-file-name=$$library)"; done
 	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED) UBSAN_OPTIONS=print_stacktrace=1
 	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$preload"
-	$(BIN)/python -c 'import kernels; assert "SANITIZE" in kernels.cuda_build(), f"{kernels.__file__} is not sanitized"'
-	$(BIN)/pytest -n auto --capture=sys -p no:faulthandler --hypothesis-profile=few \
+	export SSD_FAST_TESTED_BUILD=SSD_FAST_SANITIZE
+	$(BIN)/pytest -n auto -o pythonpath=tests/support --capture=sys -p no:faulthandler --hypothesis-profile=few \
 	    tests/kernels/test_{encode_boxes,multibox_loss,decode_nms,operators}.py \
 	    -k "not (compiled_by_torch or schema or finite_differences or same_bits_whatever)"
 

@@ -1,5 +1,6 @@
 """One image file at a time, decoded on the CPU as the pipelines decode it there."""
 
+import atexit
 import os
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 
 _own = threading.local()
+atexit.register(lambda: _own.__dict__.clear())  # while DALI, which the main thread's pipeline needs, is still there
 
 
 def decode_image(path: str | Path) -> np.ndarray:

@@ -3,16 +3,19 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/clamp.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 
 namespace ssd_fast {
 
 constexpr int64_t kAny = -1;  // a size that may be anything
+constexpr int64_t kMostDetections = std::numeric_limits<int32_t>::max();  // of an image; they are counted in int32
 
 inline void check_shape(const at::Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -36,6 +39,14 @@ inline void check_dtype(
 
 inline void check_integer(const at::Tensor& tensor, const char* name) {
   check_dtype(tensor, name, {at::kInt, at::kLong}, "int32 or int64");
+}
+
+// Labels or ranks as int32. What does not fit becomes the nearest number that does, instead of wrapping into the range
+// that is expected of it.
+inline at::Tensor as_int32(const at::Tensor& values) {
+  using limits = std::numeric_limits<int32_t>;
+  const bool fits = values.scalar_type() == at::kInt;
+  return (fits ? values : values.clamp(int64_t{limits::min()}, int64_t{limits::max()}).to(at::kInt)).contiguous();
 }
 
 inline void check_floating_point(const at::Tensor& tensor, const char* name) {
@@ -112,7 +123,9 @@ inline void check_decode_nms(
   check_fraction(score_threshold, "score_threshold");
   check_fraction(iou_threshold, "iou_threshold");
   TORCH_CHECK_VALUE(max_per_class >= 1, "max_per_class = ", max_per_class, ": expected at least 1");
-  TORCH_CHECK_VALUE(max_detections >= 1, "max_detections = ", max_detections, ": expected at least 1");
+  TORCH_CHECK_VALUE(
+      max_detections >= 1 && max_detections <= kMostDetections, "max_detections = ", max_detections, ": expected 1 to ",
+      kMostDetections);
 }
 
 inline void check_encode_boxes(

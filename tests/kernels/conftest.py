@@ -1,10 +1,19 @@
 """Devices and threads of the operators' tests."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from operator_samples import DEVICES
+
+import kernels
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _is_the_build_that_is_meant() -> None:
+    """Of several builds of the operators, the one that SSD_FAST_TESTED_BUILD names by a part of its description."""
+    assert os.environ.get("SSD_FAST_TESTED_BUILD", "") in kernels.cuda_build(), kernels.__file__
 
 
 @pytest.fixture(scope="module", params=DEVICES)

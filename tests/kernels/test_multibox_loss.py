@@ -152,10 +152,11 @@ def test_what_is_not_finite_reaches_loss_and_gradient_as_in_the_plain_version(
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_an_upstream_gradient_that_is_not_finite_reaches_every_row_that_counts(
-    device: torch.device, value: float
+    device: torch.device, value: float, dtype: torch.dtype
 ) -> None:
-    values = loss_input(3, 70, 5, positive_share=0.05, seed=3)
+    values = loss_input(3, 70, 5, dtype, positive_share=0.05, seed=3)
     upstream = torch.tensor([value, 1.0, 1.0])
     for grad_box, grad_class in ((upstream, None), (None, upstream), (upstream, upstream)):
         found = assert_loss_equals_plain(device, values, grad_box, grad_class)
@@ -163,17 +164,23 @@ def test_an_upstream_gradient_that_is_not_finite_reaches_every_row_that_counts(
         assert not any(grad[0].isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("label", [-1, 4, 5, 2**31 - 1, -(2**31)])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("label", "dtype"),
+    [(label, dtype) for label in (-1, 4, 5, 2**31 - 1, -(2**31)) for dtype in (torch.int32, torch.int64)]
+    + [(label, torch.int64) for label in (2**31, 2**32 + 1, -(2**32) + 2, 2**63 - 1, -(2**63))],
+    ids=str,
+)
+@pytest.mark.parametrize("has_positive", [True, False])
 def test_a_label_out_of_range_makes_the_loss_of_its_image_nan(
-    device: torch.device, label: int, dtype: torch.dtype
+    device: torch.device, label: int, dtype: torch.dtype, *, has_positive: bool
 ) -> None:
-    good = loss_of_labels([[0, 2, 0, 0, 0, 0, 0], [1, 0, 0, 0, 3, 0, 0]])
+    good = loss_of_labels([[0, 2 * has_positive, 0, 0, 0, 0, 0], [1, 0, 0, 0, 3, 0, 0]])
     labels = good.target_labels.to(dtype)
     labels[0, 3] = label
     bad = good._replace(target_labels=labels)
     found, expected = (run_loss(multibox_loss, x.to(device), *torch.ones(2, 2)) for x in (bad, good))
     assert found.class_[0].isnan()
+    assert found.grad_logits[0, 3].isnan().all()
     assert_same_bits(*(tuple(part[1] for part in result) for result in (found, expected)))
 
 

@@ -134,7 +134,9 @@ void check_ground_truths(
     TORCH_CHECK_VALUE(
         finite && box[0] < box[2] && box[1] < box[3], "boxes_ltrb[", row, "] = [", box[0], ", ", box[1], ", ", box[2],
         ", ", box[3], "]: expected finite left < right, top < bottom");
-    TORCH_CHECK_VALUE(labels[row] >= 1, "labels[", row, "] = ", labels[row], ": expected at least 1");
+    TORCH_CHECK_VALUE(
+        labels[row] >= 1 && labels[row] <= std::numeric_limits<int32_t>::max(), "labels[", row, "] = ", labels[row],
+        ": expected 1 to ", std::numeric_limits<int32_t>::max());
   }
 }
 

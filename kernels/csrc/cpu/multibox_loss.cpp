@@ -141,7 +141,7 @@ SSD_FAST_CLONES void class_gradient(
 void class_gradient(
     const double* logits, int32_t label, int64_t num_classes, double log_normaliser, double scale, double* gradient) {
   for (int64_t c = 0; c < num_classes; ++c) {
-    gradient[c] = scale * (std::exp(logits[c] - log_normaliser) - (c == label));
+    gradient[c] = scale * std::exp(logits[c] - log_normaliser) - (c == label ? scale : 0);
   }
 }
 
@@ -239,7 +239,7 @@ std::tuple<T, T, int64_t> sum_image(
     }
     const Key<T> key = hardness(class_losses[anchor]);
     const bool tied = key == limit && num_ties > 0;
-    if (num_hard > 0 && (key > limit || tied)) {
+    if (labels[anchor] < 0 || (num_hard > 0 && (key > limit || tied))) {
       class_ += class_losses[anchor];
       num_ties -= tied;
     } else {
@@ -257,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multibox_loss(
   const at::ScalarType dtype = deltas_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor deltas = deltas_in.contiguous(), logits = logits_in.contiguous();
   const at::Tensor target_deltas = target_deltas_in.to(dtype).contiguous();
-  const at::Tensor target_labels = target_labels_in.to(at::kInt).contiguous();
+  const at::Tensor target_labels = as_int32(target_labels_in);
   const int64_t batch_size = logits.size(0), num_anchors = logits.size(1), num_classes = logits.size(2);
   const auto options = logits.options().dtype(dtype);
   at::Tensor box = at::empty({batch_size}, options), class_ = at::empty({batch_size}, options);
@@ -304,7 +304,7 @@ std::tuple<at::Tensor, at::Tensor> multibox_loss_backward(
       num_positives_in);
   const at::Tensor deltas = deltas_in.contiguous(), logits = logits_in.contiguous();
   const at::Tensor target_deltas = target_deltas_in.to(grad_box_in.scalar_type()).contiguous();
-  const at::Tensor target_labels = target_labels_in.to(at::kInt).contiguous();
+  const at::Tensor target_labels = as_int32(target_labels_in);
   const at::Tensor log_normalisers = log_normalisers_in.contiguous(), num_positives = num_positives_in.contiguous();
   const at::Tensor grad_box = grad_box_in.contiguous(), grad_class = grad_class_in.contiguous();
   const int64_t batch_size = logits.size(0), num_anchors = logits.size(1), num_classes = logits.size(2);

@@ -163,12 +163,12 @@ std::tuple<at::Tensor, at::Tensor> encode_boxes(
   check_encode_boxes(boxes_in, labels_in, offsets_in, anchors_in, iou_threshold, tie_ranks_in);
   const c10::cuda::CUDAGuard guard(boxes_in.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const at::Tensor boxes = boxes_in.contiguous(), labels = labels_in.to(at::kInt).contiguous();
+  const at::Tensor boxes = boxes_in.contiguous(), labels = as_int32(labels_in);
   const at::Tensor offsets = offsets_in.to(at::kLong).contiguous();
   const at::Tensor anchors = anchors_in.to(at::kFloat).contiguous();
   at::Tensor tie_ranks;
   if (tie_ranks_in.has_value()) {
-    tie_ranks = tie_ranks_in->to(at::kInt).contiguous();
+    tie_ranks = as_int32(*tie_ranks_in);
   }
   const int64_t batch_size = offsets.size(0) - 1, num_anchors = anchors.size(0), num_boxes = boxes.size(0);
   at::Tensor deltas = at::empty({batch_size, num_anchors, 4}, boxes.options());

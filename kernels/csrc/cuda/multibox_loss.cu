@@ -17,7 +17,7 @@
 // Precision: 16-bit input is computed in float32. n - x_y is computed as log sum exp(x_c - max) + (max - x_y), which
 // keeps small losses accurate. Ties: among equal cross-entropies the lower anchor is chosen first; NaN is the largest.
 // Deterministic: the radix select is exact and every sum has a fixed order. A label that is not in 0 to C - 1 makes its
-// anchor's loss and gradient NaN, and is never used as an index.
+// anchor's loss and gradient NaN, is always in the loss, and is never used as an index.
 #include "checks.h"
 #include "constants.h"
 #include "cuda/primitives.cuh"
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreadsPerImage, 1) choose_anchors(
   const Key bound = num_hard > 0 ? kth_largest<Key>(num_anchors, num_hard, hardness) : 0;
   for (int anchor = threadIdx.x; anchor < num_anchors; anchor += kThreadsPerImage) {
     if (labels[anchor] <= 0) {
-      if (num_hard > 0 && hardness(anchor) >= bound) {
+      if (labels[anchor] < 0 || (num_hard > 0 && hardness(anchor) >= bound)) {
         class_loss += class_losses[anchor];
       } else {
         log_normalisers[anchor] = kInfinity<T>;
@@ -250,7 +250,9 @@ __global__ void __launch_bounds__(kThreads) write_gradients(
         const T normaliser = normalisers[row];
         if (normaliser != kInfinity<T>) {
           const T probability = exp(static_cast<T>(logits[begin + i]) - normaliser);
-          gradients.values[i] = static_cast<scalar_t>((probability - (c == row_labels[row])) * scales[row]);
+          // an infinite scale makes NaN of the label's own entry, as in plain PyTorch
+          const T subtracted = c == row_labels[row] ? scales[row] : T(0);
+          gradients.values[i] = static_cast<scalar_t>(probability * scales[row] - subtracted);
         }
         if (++c == num_classes) {
           c = 0;
@@ -287,7 +289,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multibox_loss(
   const at::ScalarType dtype = deltas_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor deltas = deltas_in.contiguous(), logits = logits_in.contiguous();
   const at::Tensor target_deltas = target_deltas_in.to(dtype).contiguous();
-  const at::Tensor target_labels = target_labels_in.to(at::kInt).contiguous();
+  const at::Tensor target_labels = as_int32(target_labels_in);
   const int64_t batch_size = logits.size(0), num_anchors = logits.size(1), num_classes = logits.size(2);
   const int64_t num_rows = batch_size * num_anchors;
   const auto options = logits.options().dtype(dtype);
@@ -331,7 +333,7 @@ std::tuple<at::Tensor, at::Tensor> multibox_loss_backward(
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor deltas = deltas_in.contiguous(), logits = logits_in.contiguous();
   const at::Tensor target_deltas = target_deltas_in.to(grad_box_in.scalar_type()).contiguous();
-  const at::Tensor target_labels = target_labels_in.to(at::kInt).contiguous();
+  const at::Tensor target_labels = as_int32(target_labels_in);
   const at::Tensor log_normalisers = log_normalisers_in.contiguous(), num_positives = num_positives_in.contiguous();
   const at::Tensor grad_box = grad_box_in.contiguous(), grad_class = grad_class_in.contiguous();
   const int64_t num_anchors = logits.size(1), num_classes = logits.size(2), num_rows = logits.size(0) * num_anchors;
