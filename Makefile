@@ -3,6 +3,7 @@
 # make horovod   Horovod, built from source against this PyTorch; the wheel is kept for the next time
 # make slurm     Slurm, for the tests that start a cluster of their own (as root, on Debian and its derivatives)
 # make sanitize  the tests of the CPU operators under the compiler's sanitizers
+# make emulate-cuda  the tests of the CUDA operators, on a CPU, with detectors of races and bad accesses
 # make docs      the documents as a site, build/docs/index.html; a stale page or a broken link is an error
 # make lint      format, types, shell scripts
 # make gpu-check builds, checks and measures everything that needs a GPU, and prints a table
@@ -21,9 +22,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := output/demo
 SANITIZED := build/sanitized
+EMULATED := build/cuda_on_cpu/package
 KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test horovod slurm sanitize docs lint clean install gpu-check
+.PHONY: demo test horovod slurm sanitize emulate-cuda docs lint clean install gpu-check
 
 install: $(VENV)/installed
 
@@ -71,6 +73,14 @@ sanitize: install
 	    tests/kernels/test_{encode_boxes,multibox_loss,decode_nms,operators}.py \
 	    -k "not (compiled_by_torch or schema or finite_differences or same_bits_whatever)"
 
+# Runs the CUDA sources on the CPU, where races, divergence and bad accesses are found (tests/cuda_on_cpu). Needs no CUDA.
+emulate-cuda: install
+	@$(BIN)/python tests/cuda_on_cpu/build_emulation.py $(EMULATED)
+	export SSD_FAST_TESTED_BUILD="CUDA emulated" PYTHONSAFEPATH=1 PYTHONPATH=$(EMULATED)
+	$(BIN)/pytest -n auto -o pythonpath="tests/support tests/cuda_on_cpu" --hypothesis-profile=some \
+	    tests/kernels/test_{encode_boxes,multibox_loss,decode_nms,operators,edges}.py tests/cuda_on_cpu \
+	    -k "not finite_differences"
+
 docs: $(VENV)/docs
 	@$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
@@ -83,7 +93,7 @@ $(VENV)/docs: $(VENV)/installed docs/requirements.lock
 lint: install
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(KERNEL_SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(KERNEL_SOURCES)) $(shell find tests/cuda_on_cpu -name "*.h" -o -name "*.cpp")
 	$(BIN)/mypy
 
 gpu-check: install

@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # pytest --hypothesis-profile=few: for runs that look for memory errors, where more values of the same kind add nothing.
 settings.register_profile("few", max_examples=10)
+settings.register_profile("some", max_examples=40)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from operator_samples import (
     INF,
     NAN,
     DecodeInput,
+    assert_detections_close,
     assert_same_bits,
     decode_input,
     pyramid_anchors,
@@ -24,27 +25,6 @@ from torch import Tensor
 
 from kernels import Detections, decode_nms, reference
 from kernels.boxes import iou_matrix, ltrb_to_cxcywh
-
-
-def assert_detections_close(found: Detections, expected: Detections) -> None:
-    """Compare detections up to float32 rounding. Among scores that rounding makes equal, any order is right."""
-    found = Detections(*(tensor.cpu() for tensor in found))
-    assert found.counts.dtype == found.labels.dtype == torch.int32
-    assert found.boxes_ltrb.dtype == found.scores.dtype == torch.float32
-    assert torch.equal(found.counts, expected.counts)
-    torch.testing.assert_close(found.scores.double(), expected.scores.double(), rtol=1e-5, atol=1e-7)
-    for image, count in enumerate(found.counts.tolist()):
-        rows, wanted = (
-            torch.cat((d.boxes_ltrb[image], d.scores[image, :, None], d.labels[image, :, None]), dim=-1).double()
-            for d in (found, expected)
-        )
-        assert rows[count:].eq(0).all()
-        tolerance = 1e-5 * torch.tensor([1, 1, 1, 1, 1, 0]) * (1 + wanted[:count].abs())  # class exact
-        in_place = ((rows[:count] - wanted[:count]).abs() <= tolerance).all(dim=-1)
-        rows, wanted, tolerance = rows[:count][~in_place], wanted[:count][~in_place], tolerance[~in_place]
-        alike = ((rows[:, None] - wanted).abs() <= tolerance).all(dim=-1)  # each row with each
-        assert alike.any(dim=0).all()
-        assert alike.any(dim=1).all()
 
 
 def check_invariants(

@@ -8,7 +8,7 @@ from operator_samples import (
     INF,
     NAN,
     LossInput,
-    LossResult,
+    assert_loss_equals_plain,
     assert_same_bits,
     loss_input,
     loss_of_labels,
@@ -17,37 +17,7 @@ from operator_samples import (
 )
 from torch import Tensor
 
-from kernels import multibox_loss, reference
-
-
-def assert_loss_equals_plain(
-    device: torch.device, values: LossInput, grad_box: Tensor | None = None, grad_class: Tensor | None = None
-) -> LossResult:
-    """Compare losses and gradients with those of the plain version in float64, infinities and NaNs included."""
-    batch_size, dtype = values.deltas.shape[0], values.deltas.dtype
-    default = torch.rand(2, batch_size, generator=seeded(9)) + 0.5
-    grads = (default[0] if grad_box is None else grad_box, default[1] if grad_class is None else grad_class)
-    wide = LossInput(*(x.double() if x.is_floating_point() else x for x in values))
-    expected = run_loss(reference.multibox_loss, wide, *grads)
-    # An anchor outside the loss has no gradient, but plain torch makes 0 x NaN of one that is not finite.
-    expected.grad_deltas[values.target_labels <= 0] = 0
-    expected.grad_logits[~values.target_labels.any(dim=1)] = 0
-    found = LossResult(*(x.cpu() for x in run_loss(multibox_loss, values.to(device), *grads)))
-    loss_tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    rtol, atol = {
-        torch.float64: (1e-10, 1e-13),
-        torch.float32: (1e-4, 1e-6),
-        torch.float16: (2e-3, 1e-6),
-        torch.bfloat16: (8e-3, 1e-6),
-    }[dtype]
-    for part, want in zip(found[:2], expected[:2], strict=True):
-        assert part.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(part.double(), want, rtol=loss_tolerance, atol=loss_tolerance, equal_nan=True)
-    for grad, want in zip(found[2:], expected[2:], strict=True):
-        assert grad.dtype == dtype
-        torch.testing.assert_close(grad.double(), want, rtol=rtol, atol=atol, equal_nan=True)
-        assert grad[want == 0].eq(0).all()
-    return found
+from kernels import multibox_loss
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)

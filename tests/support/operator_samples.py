@@ -12,7 +12,7 @@ import torch
 from box_samples import random_boxes, seeded
 from torch import Tensor
 
-from kernels import cuda_build
+from kernels import Detections, Targets, cuda_build, multibox_loss, reference
 from kernels.boxes import cxcywh_to_ltrb, iou_matrix, ltrb_to_cxcywh
 
 EMULATED = cuda_build().startswith("CUDA emulated")  # the CUDA sources, compiled for the CPU (tests/cuda_on_cpu)
@@ -171,3 +171,61 @@ def random_predictions(batch_size: int, num_anchors: int, num_classes: int, seed
 
 def widened(values: DecodeInput) -> DecodeInput:
     return DecodeInput(*(tensor.double() for tensor in values))
+
+
+def assert_targets_equal(found: Targets, expected: Targets) -> None:
+    assert found.labels.dtype == torch.int32
+    assert torch.equal(found.labels.cpu(), expected.labels)
+    torch.testing.assert_close(found.deltas.cpu(), expected.deltas, rtol=2e-6, atol=2e-6)
+    assert found.deltas.cpu()[expected.labels == 0].eq(0).all()
+
+
+def assert_loss_equals_plain(
+    device: torch.device, values: LossInput, grad_box: Tensor | None = None, grad_class: Tensor | None = None
+) -> LossResult:
+    """Compare losses and gradients with those of the plain version in float64, infinities and NaNs included."""
+    batch_size, dtype = values.deltas.shape[0], values.deltas.dtype
+    default = torch.rand(2, batch_size, generator=seeded(9)) + 0.5
+    grads = (default[0] if grad_box is None else grad_box, default[1] if grad_class is None else grad_class)
+    wide = LossInput(*(x.double() if x.is_floating_point() else x for x in values))
+    expected = run_loss(reference.multibox_loss, wide, *grads)
+    # An anchor outside the loss has no gradient, but plain torch makes 0 x NaN of one that is not finite.
+    expected.grad_deltas[values.target_labels <= 0] = 0
+    expected.grad_logits[~values.target_labels.any(dim=1)] = 0
+    found = LossResult(*(x.cpu() for x in run_loss(multibox_loss, values.to(device), *grads)))
+    loss_tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    rtol, atol = {
+        torch.float64: (1e-10, 1e-13),
+        torch.float32: (1e-4, 1e-6),
+        torch.float16: (2e-3, 1e-6),
+        torch.bfloat16: (8e-3, 1e-6),
+    }[dtype]
+    for part, want in zip(found[:2], expected[:2], strict=True):
+        assert part.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(part.double(), want, rtol=loss_tolerance, atol=loss_tolerance, equal_nan=True)
+    for grad, want in zip(found[2:], expected[2:], strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), want, rtol=rtol, atol=atol, equal_nan=True)
+        assert grad[want == 0].eq(0).all()
+    return found
+
+
+def assert_detections_close(found: Detections, expected: Detections) -> None:
+    """Compare detections up to float32 rounding. Among scores that rounding makes equal, any order is right."""
+    found = Detections(*(tensor.cpu() for tensor in found))
+    assert found.counts.dtype == found.labels.dtype == torch.int32
+    assert found.boxes_ltrb.dtype == found.scores.dtype == torch.float32
+    assert torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(found.scores.double(), expected.scores.double(), rtol=1e-5, atol=1e-7)
+    for image, count in enumerate(found.counts.tolist()):
+        rows, wanted = (
+            torch.cat((d.boxes_ltrb[image], d.scores[image, :, None], d.labels[image, :, None]), dim=-1).double()
+            for d in (found, expected)
+        )
+        assert rows[count:].eq(0).all()
+        tolerance = 1e-5 * torch.tensor([1, 1, 1, 1, 1, 0]) * (1 + wanted[:count].abs())  # class exact
+        in_place = ((rows[:count] - wanted[:count]).abs() <= tolerance).all(dim=-1)
+        rows, wanted, tolerance = rows[:count][~in_place], wanted[:count][~in_place], tolerance[~in_place]
+        alike = ((rows[:, None] - wanted).abs() <= tolerance).all(dim=-1)  # each row with each
+        assert alike.any(dim=0).all()
+        assert alike.any(dim=1).all()
