@@ -30,11 +30,11 @@ class Bug(NamedTuple):
     near: str
 
 
-BOUND = "    if (threadIdx.x < size) {"
+BOUND = "    if (threadIdx.x < size) {\n      const int row"
 VOTE = "__any_sync(kAllLanes, key > found)"
 BUGS = {
     "barrier": Bug(
-        "    __syncthreads();  // the next tile overwrites the keys\n", "", "RACE in shared", "[threadIdx.x] = "
+        "    __syncthreads();  // the next tile overwrites the ranks\n", "", "RACE in shared best_ranks", "best_ranks["
     ),
     "bound": Bug(BOUND, BOUND.replace("size", "kTile"), "OUT OF BOUNDS: read of", "load_four(boxes_ltrb"),
     "mask": Bug(VOTE, VOTE.replace("kAllLanes", "0xffffu"), "DIVERGENCE: ", "__any_sync("),

@@ -1,16 +1,16 @@
 // Targets of every anchor on the GPU: IoU, matching by the rules of kernels/reference.py, encoding of the deltas.
 //
-// One launch serves the batch, with one block for each image; thread t handles the anchors t, t + 1024, … The ground
-// truths, any number of them, are loaded into shared memory in tiles of 256. For each tile:
-// 1. Every anchor computes its IoUs once and keeps the best one with its ground truth. The best anchor of each ground
-//    truth is the maximum of 64-bit keys: the IoU's bits (IoUs are not negative, so their bits are in order) above
-//    ~tie_rank. The maximum is taken within a warp by shuffles, which are skipped if no lane beats the block's maximum
-//    so far, then in shared memory.
-// 2. Every anchor checks if it is the best anchor of ground truths; the last of these takes it. After the last tile the
-//    anchor writes its deltas and its label. Before that, the label's place holds the owner, so no workspace is needed;
-//    each further tile recomputes the IoU with the owner, to the same bits.
-// The matrix of IoUs never exists. Memory: 20 bytes are written for each anchor of each image, the least possible; the
-// anchors are read from the L2 cache.
+// Both kernels have a thread for each anchor of each image, in blocks of 256. So an image of many ground truths does not
+// wait for one block, and a batch of few images fills the GPU. The ground truths of the image, any number of them, pass
+// through shared memory in tiles of 256.
+// 1. match_boxes. Every anchor computes its IoUs once and keeps the best one's ground truth in a register. The best
+//    anchor of each ground truth is the maximum of 64-bit keys: the IoU's bits (IoUs are not negative, so their bits are
+//    in order) above ~tie_rank. The maximum is taken within a warp by shuffles, which are skipped if no lane beats the
+//    block's maximum so far, then in shared memory, and once for each block and ground truth in global memory.
+// 2. write_targets. Every anchor checks if it is the best anchor of ground truths; the last of these takes it. Then it
+//    writes its deltas and its label. Until then the label's place holds the owner.
+// The matrix of IoUs never exists. Memory: 20 bytes are written for each anchor of each image, the least possible, and
+// 4 are written and read before; the anchors are read from the L2 cache. The workspace has 8 bytes for each ground truth.
 //
 // Ties: among equal IoUs an anchor takes the first ground truth (strict comparison in ascending order), and a ground
 // truth the anchor of lowest rank (by the keys). A ground truth that overlaps no anchor takes the anchor of rank 0, the
@@ -24,6 +24,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -35,19 +36,12 @@
 namespace ssd_fast {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kTile = 256;  // ground truths in shared memory
+constexpr int kThreads = 256;  // of a block: its anchors
+constexpr int kTile = kThreads;  // ground truths in shared memory, loaded by a thread each
 
 using Key = unsigned long long;  // the type that atomicMax takes
 constexpr Key kLeftOut = 0xffffffff00000000ull;  // marks a ground truth that is left out: no anchor has rank ~0
-
-// Owner of an anchor: kNoOwner, or the row of a ground truth. A row >= 0 owns the anchor by an IoU above the threshold;
-// a row whose best anchor this is, is stored as forced(row), below kNoOwner.
-constexpr int kNoOwner = -1;
-
-__device__ __forceinline__ int forced(int row) {
-  return kNoOwner - 1 - row;  // its own inverse
-}
+constexpr int kNoOwner = -1;  // of an anchor; else the row of a ground truth
 
 __device__ __forceinline__ unsigned rank_of(int anchor, const int* tie_ranks) {
   return tie_ranks ? tie_ranks[anchor] : anchor;
@@ -73,21 +67,34 @@ __device__ __forceinline__ float4 encode(float4 box, float4 anchor_cxcywh) {
       __fmul_rn(kInverseSizeVariance, logf(__fdiv_rn(height, anchor_cxcywh.w)))};
 }
 
-// owners_then_labels [B, A]: holds the owners between tiles and the labels at the end.
-__global__ void __launch_bounds__(kThreads, 1) encode_images(
+// The place of a thread: its image, and its anchor there, which may lie beyond the last one.
+struct Place {
+  int image, anchor;
+
+  __device__ explicit Place(int blocks_per_image)
+      : image(blockIdx.x / blocks_per_image), anchor(blockIdx.x % blocks_per_image * kThreads + threadIdx.x) {
+  }
+};
+
+// owners [B, A]: the ground truth with the best IoU above the threshold, or kNoOwner. best_keys [T]: of the best anchor
+// of each ground truth, 0 if all its IoUs are 0; zero at the launch.
+__global__ void __launch_bounds__(kThreads) match_boxes(
     const float* __restrict__ boxes_ltrb, const int* __restrict__ labels, const int64_t* __restrict__ offsets,
     const float* __restrict__ anchors_cxcywh, const int* __restrict__ tie_ranks, int num_boxes, int num_anchors,
-    float iou_threshold, float4* __restrict__ deltas, int* __restrict__ owners_then_labels) {
+    int blocks_per_image, float iou_threshold, int* __restrict__ owners, Key* best_keys) {
   __shared__ float4 boxes[kTile];
   __shared__ float areas[kTile];
-  __shared__ Key keys[kTile];  // of the best anchors; 0 if all IoUs are 0, a tie that rank 0 wins
-  const int begin = row_at(offsets, blockIdx.x, num_boxes), end = row_at(offsets, blockIdx.x + 1, num_boxes);
-  deltas += int64_t{blockIdx.x} * num_anchors;
-  owners_then_labels += int64_t{blockIdx.x} * num_anchors;
-
-  int first = begin;
-  do {  // runs once even without ground truths
-    const int size = max(0, min(kTile, end - first));
+  __shared__ Key keys[kTile];
+  const Place own(blocks_per_image);
+  const bool exists = own.anchor < num_anchors;  // all lanes of a warp take part in the shuffles
+  const float4 anchor_box = exists ? cxcywh_to_ltrb(load_four(anchors_cxcywh + 4 * int64_t{own.anchor})) : float4{};
+  const float anchor_area = area_of(anchor_box);
+  const unsigned rank = exists ? rank_of(own.anchor, tie_ranks) : 0;
+  const int end = row_at(offsets, own.image + 1, num_boxes);
+  int owner = kNoOwner;
+  float best_iou = iou_threshold;
+  for (int first = row_at(offsets, own.image, num_boxes); first < end; first += kTile) {
+    const int size = min(kTile, end - first);
     if (threadIdx.x < size) {
       const int row = first + threadIdx.x;
       const float4 box = load_four(boxes_ltrb + 4 * int64_t{row});
@@ -96,65 +103,68 @@ __global__ void __launch_bounds__(kThreads, 1) encode_images(
       keys[threadIdx.x] = is_usable(box, labels[row]) ? 0 : kLeftOut;
     }
     __syncthreads();
-
-    for (int anchor = threadIdx.x; anchor - threadIdx.x % kWarpSize < num_anchors; anchor += kThreads) {
-      const bool exists = anchor < num_anchors;  // all lanes of a warp take part in the shuffles
-      const float4 anchor_box = exists ? cxcywh_to_ltrb(load_four(anchors_cxcywh + 4 * int64_t{anchor})) : float4{};
-      const float anchor_area = area_of(anchor_box);
-      const unsigned rank = exists ? rank_of(anchor, tie_ranks) : 0;
-      int owner = exists && first > begin ? owners_then_labels[anchor] : kNoOwner;
-      float best_iou = iou_threshold;
-      if (owner > kNoOwner) {
-        const float4 box = load_four(boxes_ltrb + 4 * int64_t{owner});
-        best_iou = iou_of(box, area_of(box), anchor_box, anchor_area);
+    for (int i = 0; i < size; ++i) {
+      const Key found = *static_cast<volatile Key*>(&keys[i]);
+      if (found == kLeftOut) {
+        continue;
       }
-      for (int i = 0; i < size; ++i) {
-        const Key found = *static_cast<volatile Key*>(&keys[i]);
-        if (found == kLeftOut) {
-          continue;
-        }
-        const float iou = iou_of(boxes[i], areas[i], anchor_box, anchor_area);
-        if (iou > best_iou && owner >= kNoOwner) {
-          best_iou = iou;
-          owner = first + i;
-        }
-        Key key = iou > 0.0f ? Key{__float_as_uint(iou)} << 32 | ~rank : 0;
-        if (__any_sync(kAllLanes, key > found)) {
+      const float iou = iou_of(boxes[i], areas[i], anchor_box, anchor_area);
+      if (iou > best_iou) {
+        best_iou = iou;
+        owner = first + i;
+      }
+      Key key = iou > 0.0f ? Key{__float_as_uint(iou)} << 32 | ~rank : 0;
+      if (__any_sync(kAllLanes, key > found)) {
 #pragma unroll
-          for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-            key = max(key, __shfl_xor_sync(kAllLanes, key, lanes));
-          }
-          if (threadIdx.x % kWarpSize == 0) {
-            atomicMax(&keys[i], key);
-          }
+        for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+          key = max(key, __shfl_xor_sync(kAllLanes, key, lanes));
+        }
+        if (threadIdx.x % kWarpSize == 0) {
+          atomicMax(&keys[i], key);
         }
       }
-      if (exists) {
-        owners_then_labels[anchor] = owner;
-      }
+    }
+    __syncthreads();  // the keys are complete, and the next tile overwrites the boxes
+    if (threadIdx.x < size && keys[threadIdx.x] != 0) {
+      atomicMax(&best_keys[first + threadIdx.x], keys[threadIdx.x]);
+    }
+  }
+  if (exists) {
+    owners[int64_t{own.image} * num_anchors + own.anchor] = owner;
+  }
+}
+
+// owners_then_labels [B, A]: holds the owners at the launch and the labels at the end.
+__global__ void __launch_bounds__(kThreads) write_targets(
+    const float* __restrict__ boxes_ltrb, const int* __restrict__ labels, const int64_t* __restrict__ offsets,
+    const float* __restrict__ anchors_cxcywh, const int* __restrict__ tie_ranks, const Key* __restrict__ best_keys,
+    int num_boxes, int num_anchors, int blocks_per_image, float4* __restrict__ deltas,
+    int* __restrict__ owners_then_labels) {
+  __shared__ unsigned best_ranks[kTile];
+  const Place own(blocks_per_image);
+  const bool exists = own.anchor < num_anchors;
+  const int64_t place = int64_t{own.image} * num_anchors + own.anchor;
+  const unsigned rank = exists ? rank_of(own.anchor, tie_ranks) : 0;
+  const int end = row_at(offsets, own.image + 1, num_boxes);
+  int owner = exists ? owners_then_labels[place] : kNoOwner;
+  for (int first = row_at(offsets, own.image, num_boxes); first < end; first += kTile) {
+    const int size = min(kTile, end - first);
+    if (threadIdx.x < size) {
+      const Key key = best_keys[first + threadIdx.x];
+      best_ranks[threadIdx.x] = key == 0 ? 0 : ~static_cast<unsigned>(key);  // of equal zeros, rank 0 is the first
     }
     __syncthreads();
-
-    const bool last = first + kTile >= end;
-    for (int anchor = threadIdx.x; anchor < num_anchors; anchor += kThreads) {
-      const unsigned rank = rank_of(anchor, tie_ranks);
-      int owner = owners_then_labels[anchor];
-      for (int i = 0; i < size; ++i) {
-        const unsigned best_rank = keys[i] == 0 ? 0 : ~static_cast<unsigned>(keys[i]);
-        owner = rank == best_rank ? forced(first + i) : owner;
-      }
-      if (last) {
-        const int row = owner < kNoOwner ? forced(owner) : owner;
-        deltas[anchor] = row == kNoOwner
-            ? float4{}
-            : encode(load_four(boxes_ltrb + 4 * int64_t{row}), load_four(anchors_cxcywh + 4 * int64_t{anchor}));
-        owner = row == kNoOwner ? 0 : labels[row];
-      }
-      owners_then_labels[anchor] = owner;
+    for (int i = 0; i < size; ++i) {
+      owner = rank == best_ranks[i] ? first + i : owner;
     }
-    __syncthreads();  // the next tile overwrites the keys
-    first += kTile;
-  } while (first < end);
+    __syncthreads();  // the next tile overwrites the ranks
+  }
+  if (exists) {
+    deltas[place] = owner == kNoOwner
+        ? float4{}
+        : encode(load_four(boxes_ltrb + 4 * int64_t{owner}), load_four(anchors_cxcywh + 4 * int64_t{own.anchor}));
+    owners_then_labels[place] = owner == kNoOwner ? 0 : labels[owner];
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> encode_boxes(
@@ -176,11 +186,23 @@ std::tuple<at::Tensor, at::Tensor> encode_boxes(
   if (batch_size == 0) {
     return {deltas, target_labels};
   }
-  encode_images<<<batch_size, kThreads, 0, stream>>>(
-      boxes.const_data_ptr<float>(), labels.const_data_ptr<int>(), offsets.const_data_ptr<int64_t>(),
-      anchors.const_data_ptr<float>(), tie_ranks.defined() ? tie_ranks.const_data_ptr<int>() : nullptr, num_boxes,
-      num_anchors, static_cast<float>(iou_threshold), reinterpret_cast<float4*>(deltas.mutable_data_ptr<float>()),
-      target_labels.mutable_data_ptr<int>());
+  const int64_t blocks_per_image = (num_anchors + kThreads - 1) / kThreads;
+  const int64_t num_blocks = batch_size * blocks_per_image;
+  const at::Tensor best_keys = at::zeros({num_boxes}, offsets.options());
+  Key* keys_data = reinterpret_cast<Key*>(best_keys.mutable_data_ptr<int64_t>());
+  const float* boxes_data = boxes.const_data_ptr<float>();
+  const int* labels_data = labels.const_data_ptr<int>();
+  const int64_t* offsets_data = offsets.const_data_ptr<int64_t>();
+  const float* anchors_data = anchors.const_data_ptr<float>();
+  const int* ranks_data = tie_ranks.defined() ? tie_ranks.const_data_ptr<int>() : nullptr;
+  int* target_data = target_labels.mutable_data_ptr<int>();
+  match_boxes<<<num_blocks, kThreads, 0, stream>>>(
+      boxes_data, labels_data, offsets_data, anchors_data, ranks_data, num_boxes, num_anchors, blocks_per_image,
+      static_cast<float>(iou_threshold), target_data, keys_data);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  write_targets<<<num_blocks, kThreads, 0, stream>>>(
+      boxes_data, labels_data, offsets_data, anchors_data, ranks_data, keys_data, num_boxes, num_anchors,
+      blocks_per_image, reinterpret_cast<float4*>(deltas.mutable_data_ptr<float>()), target_data);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {deltas, target_labels};
 }
