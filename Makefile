@@ -4,6 +4,7 @@
 # make slurm     Slurm, for the tests that start a cluster of their own (as root, on Debian and its derivatives)
 # make sanitize  the tests of the CPU operators under the compiler's sanitizers
 # make emulate-cuda  the tests of the CUDA operators, on a CPU, with detectors of races and bad accesses
+# make kernels-report  what each CUDA kernel needs and does, counted without a GPU
 # make docs      the documents as a site, build/docs/index.html; a stale page or a broken link is an error
 # make lint      format, types, shell scripts
 # make gpu-check builds, checks and measures everything that needs a GPU, and prints a table
@@ -25,7 +26,7 @@ SANITIZED := build/sanitized
 EMULATED := build/cuda_on_cpu/package
 KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test horovod slurm sanitize emulate-cuda docs lint clean install gpu-check
+.PHONY: demo test horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check
 
 install: $(VENV)/installed
 
@@ -80,6 +81,13 @@ emulate-cuda: install
 	$(BIN)/pytest -n auto -o pythonpath="tests/support tests/cuda_on_cpu" --hypothesis-profile=some \
 	    tests/kernels/test_{encode_boxes,multibox_loss,decode_nms,operators,edges}.py tests/cuda_on_cpu \
 	    -k "not finite_differences"
+
+# Registers, memory, occupancy and instructions of each CUDA kernel, then its work in the emulation. WRITE=--write keeps
+# the first three for the test that holds them.
+kernels-report: install
+	@$(BIN)/python tools/kernels_report.py $(WRITE)
+	$(BIN)/python tests/cuda_on_cpu/build_emulation.py $(EMULATED)
+	PYTHONSAFEPATH=1 PYTHONPATH=$(EMULATED):tests/support $(BIN)/python tests/cuda_on_cpu/count_work.py
 
 docs: $(VENV)/docs
 	@$(BIN)/python docs/generate.py --check

@@ -235,6 +235,7 @@ void keep_read(Cell& cell, const Event& event) {
 void count(const Region& region, size_t size, bool reads, bool writes, Access kind) {
   Counters& sums = counters();
   sums.atomics += kind == Access::atomic;
+  ++sums.accesses;
   if (!region.is_shared) {
     sums.global_read += reads ? size : 0;
     sums.global_written += writes ? size : 0;

@@ -218,6 +218,25 @@ def test_detections_where_much_is_not_finite(device: torch.device, name: str, va
         check_detections(device, values, score_threshold=0.01)
 
 
+def test_detections_of_a_batch_whose_lists_do_not_fit_into_the_workspace_at_once(device: torch.device) -> None:
+    num_anchors, num_classes = 20_000, 841  # 134 MB of lists an image
+    values = DecodeInput(
+        torch.zeros(3, num_anchors, 4, dtype=torch.float16),
+        torch.zeros(3, num_anchors, num_classes, dtype=torch.float16),
+        pyramid_anchors(num_anchors),
+    )
+    values.logits[..., 0] = 12
+    generator = seeded(1)
+    for image in range(3):
+        places = torch.randint(0, num_anchors, (300,), generator=generator)
+        values.logits[image, places, torch.randint(1, num_classes, (300,), generator=generator)] = 15
+    found = decode_nms(*values.to(device))
+    assert found.counts.gt(100).all()
+    for image in range(3):
+        alone = decode_nms(*(x[image : image + 1].to(device) for x in values[:2]), values.anchors_cxcywh.to(device))
+        assert_same_bits(tuple(part[image : image + 1] for part in found), tuple(alone))
+
+
 @pytest.mark.parametrize("limits", [(1, 1), (2, 5), (5, 2)])
 def test_detections_without_anchors(device: torch.device, limits: tuple[int, int]) -> None:
     found = decode_nms(*random_predictions(2, 0, 3).to(device), max_per_class=limits[0], max_detections=limits[1])

@@ -5,17 +5,20 @@
 //    comparison, without an exponential, rules out nearly every anchor. Softmax and box are computed for the rest, and
 //    every class above t appends a key to the list of its image and class.
 // 2. suppress, one block for each image and class; it ends at once if the list is empty. It sorts the best
-//    max_per_class keys, with their boxes in shared memory. From best to worst, each box that is still there drops all
-//    later boxes that overlap it: at most max_per_class^2 / 2 pairs. The survivors are appended to the image's list.
+//    max_per_class keys, with their boxes in shared memory, and takes them from best to worst in chunks of 32: the pairs
+//    within a chunk are tested all at once, which gives a mask for each of its boxes; all threads then find from the
+//    masks which boxes stay, and drop the later ones that overlap one of these. So there are two barriers a chunk, and
+//    at most max_per_class^2 / 2 pairs. The survivors are appended to the image's list.
 // 3. write_detections, one block for each image: sorts the best max_detections of its list and writes them.
 // A key is the score's bits (scores are not negative, so their bits are in order) above ~(anchor * C + class). Keys are
 // unique and in the order of the result. Atomic counters fill the lists in any order; selection by rank and sorting
 // make the result deterministic.
 //
 // Memory: the logits are read once, the least possible (181 MB for 128 x 8732 x 81 of 16 bits); nothing of their size
-// is written. The workspace reserves B (C - 1) A keys of 8 bytes, room for every anchor in every class (179 MB for
-// 32 x 8732 x 81), B (C - 1) max_per_class keys for the survivors, and 16 bytes for each anchor; the part that is not
-// used is never touched. The host does not wait and no size depends on values, so a CUDA graph can capture the call.
+// is written. The workspace holds, for each image, (C - 1) A keys of 8 bytes, room for every anchor in every class
+// (5.6 MB for 8732 x 81), (C - 1) max_per_class keys for the survivors, and 16 bytes for each anchor; the part that is
+// not used is never touched. It serves one part of the batch after the other, so that it stays below 256 MB unless an
+// image needs more. The host does not wait and no size depends on values, so a CUDA graph can capture the call.
 //
 // Ties: among equal scores the lower anchor comes first, then the lower class. An anchor with a logit, a delta or a box
 // coordinate that is not finite gives no detection. Boxes and IoUs are computed as in kernels/reference.py, operation
@@ -41,6 +44,7 @@ namespace {
 constexpr int kThreadsPerClass = 128;  // of suppress
 constexpr int kThreadsPerImage = 512;  // of write_detections
 constexpr int kMostInSharedMemory = 1024;  // keys and boxes; longer lists are sorted in global memory
+constexpr int64_t kMostListBytes = 256 << 20;  // of the workspace
 
 using Key = unsigned long long;
 
@@ -72,7 +76,8 @@ __device__ __forceinline__ float4 decode(float4 deltas, float4 anchor_cxcywh) {
        __fmul_rn(expf(__fmul_rn(deltas.w, kSizeVariance)), anchor_cxcywh.w)});
 }
 
-// lists [B, C - 1, A]: keys. sizes [B, C - 1]: of the lists; zero at the launch. boxes_ltrb [B, A]: of listed anchors.
+// lists [B, C - 1, A]: keys. sizes [B, C]: of an image's lists, then of its survivors; zero at the launch.
+// boxes_ltrb [B, A]: of listed anchors.
 struct Candidates {
   Key* lists;
   int* sizes;
@@ -123,9 +128,9 @@ __device__ __forceinline__ void find_in_tile(
     for (int c = lane_of_row == 0 ? kLanesPerRow : lane_of_row; c < num_classes; c += kLanesPerRow) {
       const float score = expf(static_cast<float>(row[c]) - max) / sum;
       if (score > score_threshold) {
-        const int64_t list = image * (num_classes - 1) + c - 1;
-        const int slot = atomicAdd(&candidates.sizes[list], 1);
-        candidates.lists[list * num_anchors + slot] = key_of(score, anchor, c, num_classes);
+        const int slot = atomicAdd(&candidates.sizes[image * num_classes + c - 1], 1);
+        candidates.lists[(image * (num_classes - 1) + c - 1) * num_anchors + slot] =
+            key_of(score, anchor, c, num_classes);
       }
     }
   }
@@ -201,13 +206,15 @@ __device__ Key* sort_best(Key* list, int size, int limit, Key* shared, int capac
   return shared;
 }
 
-// Suppression within one class of one image. survivors [B, survivors_per_image]; survivor_counts [B], zero at the
-// launch. Dynamic shared memory: `capacity` boxes and keys.
+// Suppression within one class of one image. survivors [B, (C - 1) max_per_class]. Dynamic shared memory: `capacity`
+// boxes and keys.
 __global__ void __launch_bounds__(kThreadsPerClass, 8) suppress(
     Candidates candidates, float iou_threshold, int max_per_class, int capacity, int num_anchors, int num_classes,
-    int64_t survivors_per_image, Key* survivors, int* survivor_counts) {
+    Key* survivors) {
   extern __shared__ float4 shared_boxes[];
-  const int list = blockIdx.x, image = list / (num_classes - 1), num_found = candidates.sizes[list];
+  const int list = blockIdx.x, image = list / (num_classes - 1), c = list % (num_classes - 1);
+  int* sizes = candidates.sizes + int64_t{image} * num_classes;
+  const int num_found = sizes[c];
   if (num_found == 0) {
     return;
   }
@@ -224,48 +231,120 @@ __global__ void __launch_bounds__(kThreadsPerClass, 8) suppress(
     __syncthreads();
   }
   const auto box_at = [=](int i) { return resident ? shared_boxes[i] : image_boxes[anchor_of(keys[i], num_classes)]; };
-  for (int kept = 0; kept < size; ++kept) {
-    if (keys[kept] == 0) {  // dropped: real keys are never 0
-      continue;
-    }
-    const float4 box = box_at(kept);
-    const float area = area_of(box);
-    for (int i = kept + 1 + threadIdx.x; i < size; i += kThreadsPerClass) {
-      if (keys[i] != 0) {
-        const float4 other = box_at(i);
-        if (iou_of(box, area, other, area_of(other)) >= iou_threshold) {
-          keys[i] = 0;
-        }
+  const auto overlap = [=](float4 better, float4 box) {
+    return iou_of(better, area_of(better), box, area_of(box)) >= iou_threshold;
+  };
+  __shared__ unsigned overlapped[kWarpSize];  // by each box of a chunk: a mask of the chunk's later boxes
+  const int lane = threadIdx.x % kWarpSize;
+  for (int first = 0; first < size; first += kWarpSize) {
+    const int own = first + lane;
+    const bool present = own < size && keys[own] != 0;  // a dropped key is 0, which no other one is
+    const unsigned all_present = __ballot_sync(kAllLanes, present);
+    const float4 box = present ? box_at(own) : float4{};
+    for (int i = threadIdx.x / kWarpSize; i < kWarpSize; i += kThreadsPerClass / kWarpSize) {
+      const bool later = present && lane > i && all_present >> i & 1;
+      const unsigned mask = __ballot_sync(kAllLanes, later && overlap(box_at(first + i), box));
+      if (lane == 0) {
+        overlapped[i] = mask;
       }
     }
     __syncthreads();
+    unsigned kept = all_present;
+    for (int i = 0; i < kWarpSize; ++i) {
+      kept &= kept >> i & 1 ? ~overlapped[i] : ~0u;
+    }
+    if (threadIdx.x < kWarpSize && present && !(kept >> lane & 1)) {
+      keys[own] = 0;
+    }
+    for (int i = first + kWarpSize + threadIdx.x; i < size; i += kThreadsPerClass) {
+      if (keys[i] == 0) {
+        continue;
+      }
+      const float4 later_box = box_at(i);
+      for (unsigned left = kept; left != 0; left &= left - 1) {
+        if (overlap(box_at(first + __ffs(left) - 1), later_box)) {
+          keys[i] = 0;
+          break;
+        }
+      }
+    }
+    __syncthreads();  // the next chunk reads the keys and overwrites the masks
   }
   for (int i = threadIdx.x; i < size; i += kThreadsPerClass) {
     if (keys[i] != 0) {
-      survivors[image * survivors_per_image + atomicAdd(&survivor_counts[image], 1)] = keys[i];
+      const int slot = atomicAdd(&sizes[num_classes - 1], 1);
+      survivors[int64_t{image} * (num_classes - 1) * max_per_class + slot] = keys[i];
     }
   }
 }
 
 // Results of one image. Dynamic shared memory: `capacity` keys.
 __global__ void __launch_bounds__(kThreadsPerImage) write_detections(
-    Key* survivors, const int* __restrict__ survivor_counts, int64_t survivors_per_image,
-    const float4* __restrict__ all_boxes, int max_detections, int capacity, int num_anchors, int num_classes,
-    float4* boxes_ltrb, float* scores, int* labels, int* counts) {
+    Candidates candidates, Key* survivors, int64_t survivors_per_image, int max_detections, int capacity,
+    int num_anchors, int num_classes, float4* boxes_ltrb, float* scores, int* labels, int* counts) {
   extern __shared__ Key shared_keys[];
-  const int image = blockIdx.x, count = min(survivor_counts[image], max_detections);
+  const int image = blockIdx.x, num_found = candidates.sizes[int64_t{image} * num_classes + num_classes - 1];
+  const int count = min(num_found, max_detections);
   const Key* keys =
-      sort_best(survivors + image * survivors_per_image, survivor_counts[image], max_detections, shared_keys, capacity);
+      sort_best(survivors + image * survivors_per_image, num_found, max_detections, shared_keys, capacity);
+  const float4* image_boxes = candidates.boxes_ltrb + int64_t{image} * num_anchors;
   for (int i = threadIdx.x; i < max_detections; i += kThreadsPerImage) {
     const int64_t place = int64_t{image} * max_detections + i;
     const bool found = i < count;
-    boxes_ltrb[place] = found ? all_boxes[int64_t{image} * num_anchors + anchor_of(keys[i], num_classes)] : float4{};
+    boxes_ltrb[place] = found ? image_boxes[anchor_of(keys[i], num_classes)] : float4{};
     scores[place] = found ? score_of(keys[i]) : 0.0f;
     labels[place] = found ? class_of(keys[i], num_classes) : 0;
   }
   if (threadIdx.x == 0) {
     counts[image] = count;
   }
+}
+
+// lists [P, C - 1, A] and survivors [P, (C - 1) limit]: keys. boxes_ltrb [P, A, 4]. counters [B, C]: the sizes of the
+// lists of an image, then that of its survivors; zero at first. P: images of a part.
+struct Workspace {
+  at::Tensor lists, survivors, boxes_ltrb, counters;
+};
+
+// [P, D, 4], [P, D], [P, D] and [P]
+struct Detections {
+  at::Tensor boxes_ltrb, scores, labels, counts;
+};
+
+// Fills the detections of a part of the batch. limit: of the keys that enter suppression, in a class. counters: its own.
+void detect(
+    const at::Tensor& deltas, const at::Tensor& logits, const at::Tensor& anchors, float score_threshold,
+    float iou_threshold, int64_t limit, const Workspace& workspace, const at::Tensor& counters,
+    const Detections& detections, cudaStream_t stream) {
+  const int64_t num_images = logits.size(0), num_anchors = logits.size(1), num_classes = logits.size(2);
+  const int64_t num_rows = num_images * num_anchors, survivors_per_image = (num_classes - 1) * limit;
+  const int64_t max_detections = detections.scores.size(1);
+  const Candidates candidates{
+      reinterpret_cast<Key*>(workspace.lists.mutable_data_ptr<int64_t>()), counters.mutable_data_ptr<int>(),
+      reinterpret_cast<float4*>(workspace.boxes_ltrb.mutable_data_ptr<float>())};
+  Key* survivors = reinterpret_cast<Key*>(workspace.survivors.mutable_data_ptr<int64_t>());
+  if (num_anchors > 0) {
+    const float log_threshold = std::log(score_threshold) - 1e-3f;  // the margin covers the rounding of the scores
+    AT_DISPATCH_V2(logits.scalar_type(), "decode_nms", AT_WRAP([&] {
+      const Tiles tiles(num_rows, num_classes * sizeof(scalar_t));
+      find_candidates<<<tiles.count, kThreadsPerTile, tiles.shared_bytes, stream>>>(
+          deltas.const_data_ptr<scalar_t>(), logits.const_data_ptr<scalar_t>(), anchors.const_data_ptr<float>(),
+          num_rows, tiles.rows_per_warp, tiles.staged, num_anchors, num_classes, score_threshold, log_threshold,
+          candidates);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }), at::kHalf, at::kBFloat16, at::kFloat);
+    const int64_t capacity = std::min<int64_t>(limit, kMostInSharedMemory);
+    suppress<<<num_images*(num_classes - 1), kThreadsPerClass, capacity * (sizeof(float4) + sizeof(Key)), stream>>>(
+        candidates, iou_threshold, limit, capacity, num_anchors, num_classes, survivors);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  const int64_t capacity = std::min<int64_t>({max_detections, survivors_per_image, kMostInSharedMemory});
+  write_detections<<<num_images, kThreadsPerImage, capacity * sizeof(Key), stream>>>(
+      candidates, survivors, survivors_per_image, max_detections, capacity, num_anchors, num_classes,
+      reinterpret_cast<float4*>(detections.boxes_ltrb.mutable_data_ptr<float>()),
+      detections.scores.mutable_data_ptr<float>(), detections.labels.mutable_data_ptr<int>(),
+      detections.counts.mutable_data_ptr<int>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_nms(
@@ -277,7 +356,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_nms(
   const at::Tensor deltas = deltas_in.contiguous(), logits = logits_in.contiguous();
   const at::Tensor anchors = anchors_in.to(at::kFloat).contiguous();
   const int64_t batch_size = logits.size(0), num_anchors = logits.size(1), num_classes = logits.size(2);
-  const int64_t num_rows = batch_size * num_anchors, num_lists = batch_size * (num_classes - 1);
   TORCH_CHECK_VALUE(
       num_anchors * num_classes <= std::numeric_limits<int>::max(), "logits has shape ", logits.sizes(),
       ": expected less than 2^31 logits for each image");
@@ -290,41 +368,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_nms(
     return {boxes_ltrb, scores, labels, counts};
   }
 
-  const int64_t limit = std::min(max_per_class, num_anchors);
-  const int64_t survivors_per_image = (num_classes - 1) * limit;
-  const at::Tensor lists = at::empty({num_lists, num_anchors}, options.dtype(at::kLong));
-  const at::Tensor all_boxes = at::empty({num_rows, 4}, options);
-  const at::Tensor survivors = at::empty({batch_size, survivors_per_image}, options.dtype(at::kLong));
-  const at::Tensor sizes = at::zeros({num_lists + batch_size}, options.dtype(at::kInt));  // lists, then survivors
-  const Candidates candidates{
-      reinterpret_cast<Key*>(lists.mutable_data_ptr<int64_t>()), sizes.mutable_data_ptr<int>(),
-      reinterpret_cast<float4*>(all_boxes.mutable_data_ptr<float>())};
-  Key* survivors_data = reinterpret_cast<Key*>(survivors.mutable_data_ptr<int64_t>());
-  int* survivor_counts = candidates.sizes + num_lists;
-
-  if (num_anchors > 0) {
-    const float score_threshold = static_cast<float>(score_threshold_in);
-    const float log_threshold = std::log(score_threshold) - 1e-3f;  // the margin covers the rounding of the scores
-    AT_DISPATCH_V2(logits.scalar_type(), "decode_nms", AT_WRAP([&] {
-      const Tiles tiles(num_rows, num_classes * sizeof(scalar_t));
-      find_candidates<<<tiles.count, kThreadsPerTile, tiles.shared_bytes, stream>>>(
-          deltas.const_data_ptr<scalar_t>(), logits.const_data_ptr<scalar_t>(), anchors.const_data_ptr<float>(),
-          num_rows, tiles.rows_per_warp, tiles.staged, num_anchors, num_classes, score_threshold, log_threshold,
-          candidates);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-    }), at::kHalf, at::kBFloat16, at::kFloat);
-    const int64_t capacity = std::min<int64_t>(limit, kMostInSharedMemory);
-    suppress<<<num_lists, kThreadsPerClass, capacity * (sizeof(float4) + sizeof(Key)), stream>>>(
-        candidates, static_cast<float>(iou_threshold), limit, capacity, num_anchors, num_classes, survivors_per_image,
-        survivors_data, survivor_counts);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const int64_t limit = std::min(max_per_class, num_anchors), num_lists = num_classes - 1;  // of an image
+  const int64_t list_bytes = num_lists * num_anchors * sizeof(Key);
+  const int64_t part = std::clamp<int64_t>(kMostListBytes / std::max<int64_t>(list_bytes, 1), 1, batch_size);
+  const Workspace workspace{
+      at::empty({part, num_lists, num_anchors}, options.dtype(at::kLong)),
+      at::empty({part, num_lists * limit}, options.dtype(at::kLong)), at::empty({part, num_anchors, 4}, options),
+      at::zeros({batch_size, num_lists + 1}, options.dtype(at::kInt))};
+  for (int64_t first = 0; first < batch_size; first += part) {
+    const int64_t size = std::min(part, batch_size - first);
+    const auto of_part = [=](const at::Tensor& tensor) { return tensor.narrow(0, first, size); };
+    const Detections detections{of_part(boxes_ltrb), of_part(scores), of_part(labels), of_part(counts)};
+    detect(
+        of_part(deltas), of_part(logits), anchors, static_cast<float>(score_threshold_in),
+        static_cast<float>(iou_threshold), limit, workspace, of_part(workspace.counters), detections, stream);
   }
-  const int64_t capacity = std::min<int64_t>({max_detections, survivors_per_image, kMostInSharedMemory});
-  write_detections<<<batch_size, kThreadsPerImage, capacity * sizeof(Key), stream>>>(
-      survivors_data, survivor_counts, survivors_per_image, candidates.boxes_ltrb, max_detections, capacity,
-      num_anchors, num_classes, reinterpret_cast<float4*>(boxes_ltrb.mutable_data_ptr<float>()),
-      scores.mutable_data_ptr<float>(), labels.mutable_data_ptr<int>(), counts.mutable_data_ptr<int>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {boxes_ltrb, scores, labels, counts};
 }
 

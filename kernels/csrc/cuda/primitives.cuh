@@ -70,7 +70,7 @@ constexpr int kWarpsPerTile = kThreadsPerTile / kWarpSize;
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsAtOnce = kWarpSize / kLanesPerRow;  // in a warp
 constexpr int kValuesPerLane = 12;                     // in registers at a time: 96 classes in one go
-constexpr int kTileBytes = 24 * 1024;                  // any GPU has room for two or more tiles
+constexpr int kTileBytes = 12 * 1024;                  // any GPU has room for five or more tiles
 
 // The division of rows into tiles. Rows too long for shared memory are read from global memory instead of staged.
 struct Tiles {
