@@ -451,8 +451,8 @@ std::tuple<std::vector<std::string>, std::vector<std::vector<int64_t>>> count() 
     std::get<0>(result).push_back(name);
     std::vector<int64_t> values;
     for (const uint64_t value :
-         {c.launches, c.threads, c.barriers, c.collectives, c.atomics, c.accesses, c.global_read, c.global_written, c.unique_read,
-          c.unique_written}) {
+         {c.launches, c.threads, c.barriers, c.collectives, c.atomics, c.accesses, c.global_read, c.global_written,
+          c.unique_read, c.unique_written}) {
       values.push_back(static_cast<int64_t>(value));
     }
     std::get<1>(result).push_back(values);

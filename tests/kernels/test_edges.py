@@ -233,7 +233,8 @@ def test_detections_of_a_batch_whose_lists_do_not_fit_into_the_workspace_at_once
     found = decode_nms(*values.to(device))
     assert found.counts.gt(100).all()
     for image in range(3):
-        alone = decode_nms(*(x[image : image + 1].to(device) for x in values[:2]), values.anchors_cxcywh.to(device))
+        own = slice(image, image + 1)
+        alone = decode_nms(*DecodeInput(values.deltas[own], values.logits[own], values.anchors_cxcywh).to(device))
         assert_same_bits(tuple(part[image : image + 1] for part in found), tuple(alone))
 
 

@@ -17,7 +17,7 @@
 // Memory: the logits are read once, the least possible (181 MB for 128 x 8732 x 81 of 16 bits); nothing of their size
 // is written. The workspace holds, for each image, (C - 1) A keys of 8 bytes, room for every anchor in every class
 // (5.6 MB for 8732 x 81), (C - 1) max_per_class keys for the survivors, and 16 bytes for each anchor; the part that is
-// not used is never touched. It serves one part of the batch after the other, so that it stays below 256 MB unless an
+// not used is never touched. It serves one part of the batch after the other, so that it stays below 250 MB unless an
 // image needs more. The host does not wait and no size depends on values, so a CUDA graph can capture the call.
 //
 // Ties: among equal scores the lower anchor comes first, then the lower class. An anchor with a logit, a delta or a box
@@ -44,7 +44,7 @@ namespace {
 constexpr int kThreadsPerClass = 128;  // of suppress
 constexpr int kThreadsPerImage = 512;  // of write_detections
 constexpr int kMostInSharedMemory = 1024;  // keys and boxes; longer lists are sorted in global memory
-constexpr int64_t kMostListBytes = 256 << 20;  // of the workspace
+constexpr int64_t kMostListBytes = 250'000'000;  // of the workspace
 
 using Key = unsigned long long;
 
