@@ -27,7 +27,7 @@ from gpu_support import GPU, REPOSITORY, Row, run_command
 sys.path.insert(0, str(REPOSITORY))
 
 OPERATOR_TESTS = tuple(
-    f"tests/kernels/test_{name}.py" for name in ("encode_boxes", "multibox_loss", "decode_nms", "operators")
+    f"tests/kernels/test_{name}.py" for name in ("encode_boxes", "multibox_loss", "decode_nms", "operators", "edges")
 )
 
 
