@@ -45,8 +45,8 @@ def encode_boxes(
     boxes_ltrb: [T, 4] float32; labels: [T] and offsets: [B + 1] int32 or int64; anchors_cxcywh: [A, 4]; tie_ranks: [A]
     int32 or int64. All on one device. Returns deltas [B, A, 4] float32 and labels [B, A] int32.
 
-    On a GPU one launch serves the batch. The host neither waits nor reads values, so ground truths without area or with
-    a label below 1 are left out there, where the CPU raises ValueError.
+    On a GPU two launches serve the batch. The host neither waits nor reads values, so ground truths without area or
+    with a label below 1 are left out there, where the CPU raises ValueError.
     Never holds the matrix of IoUs. Labels and ties equal those of the plain version in float32 exactly.
     """
     ranks = {} if tie_ranks is None else {"tie_ranks": tie_ranks}

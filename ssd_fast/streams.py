@@ -1,4 +1,4 @@
-"""What is printed, where it cannot go on."""
+"""Standard output that can no longer be written."""
 
 import os
 import sys

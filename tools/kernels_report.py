@@ -166,12 +166,13 @@ def _cuobjdump(library: Path, *options: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
     library = next((HERE.parent / "kernels").glob("_C*.so"))
     kernels = measure(library)
     if not kernels:
         print(f"{library} holds no CUDA code: install a CUDA toolkit and build it again", file=sys.stderr)
         return 1
-    if parser.parse_args().write:
+    if given.write:
         TABLE.write_text(json.dumps([kernel._asdict() for kernel in kernels], indent=1) + "\n")
     print(f"{'kernel':26} {'GPU':6} threads registers stack local  static dynamic occupancy limited by")
     for k in kernels:

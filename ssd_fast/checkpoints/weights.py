@@ -35,8 +35,9 @@ _STATE_KEYS = ("model", "state_dict", "model_state_dict", "weights", "net", "net
 _WRAPPERS = ("module.", "model.", "net.", "network.")
 _COMPILED = "_orig_mod."  # of torch.compile, before the names of each module that was compiled
 _NUM_AVERAGED = "n_averaged"  # of AveragedModel, beside its network
-# Errors that torch.load was seen to raise for truncated files and for files with changed bytes.
+_MOST_NESTED = 3  # dicts within dicts
 _FIRST_BLOCK = "layer1.0.conv1.weight"  # of a ResNet
+# Errors that torch.load was seen to raise for truncated files and for files with changed bytes.
 _DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
 HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)")
 
@@ -74,11 +75,10 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
     """
     where = str(source) if isinstance(source, Path) else "state dict"
     state = read_torch_file(source) if isinstance(source, Path) else source
-    while isinstance(state, Mapping) and (
-        inner := next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), Mapping)), None)
-    ):
-        state = inner
-    if not isinstance(state, Mapping) or not state:
+    for _ in range(_MOST_NESTED):
+        if isinstance(state, Mapping):
+            state = next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), Mapping)), state)
+    if not isinstance(state, Mapping) or not state.keys() - {_NUM_AVERAGED}:
         keys = " or ".join(f'"{key}"' for key in _STATE_KEYS)
         raise ValueError(f"{where}: expected a state dict, or one under the key {keys}; found {_describe(state)}")
     foreign = [

@@ -87,7 +87,7 @@ def dump_toml(config: Config) -> str:
 def is_dumped(path: Path) -> bool:
     """Whether a file holds what dump_toml gives, so that nothing is lost with it."""
     try:
-        return path.read_text() == dump_toml(load_config(path))
+        return path.read_text(encoding="utf-8") == dump_toml(load_config(path))
     except (OSError, ValueError):
         return False
 

@@ -287,8 +287,10 @@ def _read(
 
 def _truths_digest(instances: Instances) -> str:
     """What the annotations hold that scoring reads and LabelledImages do not."""
-    rows = [(item.area, bool(item.iscrowd)) for item in instances.annotations]
-    return hashlib.sha256(np.array(rows, dtype=np.float64).tobytes()).hexdigest()[:16]
+    annotations = instances.annotations
+    areas = np.array([item.area for item in annotations], dtype=np.float64)
+    crowds = np.array([item.iscrowd for item in annotations], dtype=bool)
+    return hashlib.sha256(areas.tobytes() + crowds.tobytes()).hexdigest()[:16]
 
 
 def _describe_bad(box_ltrb: np.ndarray, size_hw: np.ndarray) -> str:

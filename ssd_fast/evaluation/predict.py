@@ -206,9 +206,7 @@ def _check_output(output: Path, copies: Sequence[str], inputs: Sequence[str]) ->
         path = output / name
         if not path.exists() and not path.is_symlink():
             continue
-        is_own = (
-            path.is_file() and not path.is_symlink() and (_is_copy(path) or (name == RESULTS and _is_results(path)))
-        )
+        is_own = path.is_file() and not path.is_symlink() and (_is_results if name == RESULTS else _is_copy)(path)
         if not is_own or (path.stat().st_dev, path.stat().st_ino) in given:
             raise ValueError(
                 f"--output {output}: {path} exists and would be replaced, but is not the result of an earlier "

@@ -152,7 +152,16 @@ class TestLayouts:
             layout_of(state)
 
     @pytest.mark.parametrize(
-        "content", [{}, [1, 2], {"epoch": 3}, {"weight": torch.zeros(1), "step": 3}, {3: torch.zeros(1)}]
+        "content",
+        [
+            {},
+            [1, 2],
+            {"epoch": 3},
+            {"weight": torch.zeros(1), "step": 3},
+            {3: torch.zeros(1)},
+            {"n_averaged": torch.tensor(7)},
+            {"model": {"state_dict": {}}},
+        ],
     )
     def test_what_is_not_a_state_dict_is_refused(self, content: object, tmp_path: Path) -> None:
         torch.save(content, tmp_path / "file.pt")
