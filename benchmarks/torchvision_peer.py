@@ -41,7 +41,7 @@ from ssd_fast.data.sets import load_sets
 from ssd_fast.distributed.slurm import launched_by_slurm
 from ssd_fast.distributed.world import World
 from ssd_fast.files import write_atomically
-from ssd_fast.hardware import compute_dtype, device_name, input_threads, usable_cores
+from ssd_fast.hardware import compute_dtype, device_name, input_threads, synchronize, usable_cores
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
 from ssd_fast.progress import setup_logging
@@ -199,11 +199,6 @@ def _pids() -> list[int | None]:
 def _stat(path: Path) -> list[str]:
     """Fields of a process or thread from its state on, see proc(5)."""
     return path.read_text().rpartition(")")[2].split()
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def format_row(row: Row) -> str:

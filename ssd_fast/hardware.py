@@ -49,6 +49,12 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told; a CPU has done it already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def copy_rate(device: torch.device) -> float:
     """Rate of copying a buffer that no cache holds, bytes read plus bytes written, per second."""
     source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
@@ -130,11 +136,9 @@ def peak_memory(device: torch.device) -> int:
 def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
     seconds: list[float] = []
     while len(seconds) < _REPEATS and (len(seconds) < 3 or sum(seconds) < _REPEATS * _LONG_S):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         begin = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[_WARM_UP:])

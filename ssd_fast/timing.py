@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from ssd_fast.hardware import synchronize
 from ssd_fast.parts import DECODING, MODEL, PREPROCESSING
 from ssd_fast.tables import Row, Table, format_table
 
@@ -80,8 +81,7 @@ class Timeline(NullTimeline):
 
     def settle(self, part: str) -> None:
         """Wait for the device; record the time since the last `settle` as a part, without the regions in between."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         now = time.perf_counter()
         in_regions = 0.0
         for name, begin, end in self._marked:

@@ -1,4 +1,6 @@
-"""Call every operator on a GPU in small, ragged sizes. gpu_check.py runs this under compute-sanitizer."""
+"""Call every operator on a device in small, ragged sizes. gpu_check.py runs this under compute-sanitizer."""
+
+import sys
 
 import torch
 
@@ -16,7 +18,7 @@ SIZES = (
 )
 
 
-def exercise(num_images: int, num_anchors: int, num_classes: int, dtype: torch.dtype) -> None:
+def exercise(num_images: int, num_anchors: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> None:
     """Encode boxes, compute the loss and its gradients, and decode, with inputs made on the host."""
     generator = torch.Generator().manual_seed(num_anchors)
     counts = torch.randint(0, 40, (num_images,), generator=generator)
@@ -24,15 +26,15 @@ def exercise(num_images: int, num_anchors: int, num_classes: int, dtype: torch.d
     total = int(counts.sum())
     corners = torch.rand(total + num_anchors, 2, generator=generator) * 0.7
     boxes = torch.cat((corners, corners + 0.02 + 0.3 * torch.rand(corners.shape, generator=generator)), dim=-1)
-    anchors = ltrb_to_cxcywh(boxes[total:]).cuda()
-    labels = torch.randint(1, num_classes, (total,), generator=generator).cuda()
-    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).cuda()
+    anchors = ltrb_to_cxcywh(boxes[total:]).to(device)
+    labels = torch.randint(1, num_classes, (total,), generator=generator).to(device)
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).to(device)
     shape = (num_images, num_anchors)
-    deltas = torch.randn(*shape, 4, generator=generator).to(dtype).cuda().requires_grad_()
-    logits = torch.randn(*shape, num_classes, generator=generator).mul(2).to(dtype).cuda().requires_grad_()
+    deltas = torch.randn(*shape, 4, generator=generator).to(dtype).to(device).requires_grad_()
+    logits = torch.randn(*shape, num_classes, generator=generator).mul(2).to(dtype).to(device).requires_grad_()
 
-    for tie_ranks in (None, torch.randperm(num_anchors, generator=generator).cuda()):
-        targets = kernels.encode_boxes(boxes[:total].cuda(), labels, offsets, anchors, tie_ranks=tie_ranks)
+    for tie_ranks in (None, torch.randperm(num_anchors, generator=generator).to(device)):
+        targets = kernels.encode_boxes(boxes[:total].to(device), labels, offsets, anchors, tie_ranks=tie_ranks)
     out_of_range = targets.labels * 2**20 - 1
     for labels_of_anchors in (targets.labels, torch.zeros_like(targets.labels), out_of_range):
         box, class_ = kernels.multibox_loss(deltas, logits, targets.deltas, labels_of_anchors)
@@ -46,5 +48,6 @@ def exercise(num_images: int, num_anchors: int, num_classes: int, dtype: torch.d
 
 if __name__ == "__main__":
     for sizes in SIZES:
-        exercise(*sizes)
-    torch.cuda.synchronize()
+        exercise(*sizes, torch.device(sys.argv[1]))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,6 +1,5 @@
 """Checks that need DALI on a GPU: its batches equal the CPU's, and training learns."""
 
-import argparse
 import os
 import time
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from gpu_support import CPU, GPU, RECIPE, Row, bounded_row, find_data
+from gpu_support import CPU, Bench, Row, bounded_row, find_data
 
 if TYPE_CHECKING:  # each check imports what it needs when it runs
     from dali_pipelines.evaluate import EvalLoader
@@ -18,29 +17,29 @@ if TYPE_CHECKING:  # each check imports what it needs when it runs
     from ssd_fast.data.coco import CocoSet
 
 
-def check_training(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+def check_training(bench: Bench, scratch: Path) -> Iterator[Row]:
     """Check the input pipelines on the GPU, and that training learns."""
     from ssd_fast.config.recipe import load_config
     from ssd_fast.data.coco import load_coco
 
-    data, overrides = find_data(arguments.data, scratch)
-    config = load_config(RECIPE, overrides)
+    data, overrides = find_data(bench, scratch)
+    config = load_config(bench.recipe, overrides)
     images = load_coco(data / config.data.val_annotations, data / config.data.val_images)
-    yield from _check_pipelines(config, images)
-    yield from _check_learning(config, data, scratch / "run")
+    yield from _check_pipelines(bench, config, images)
+    yield from _check_learning(bench, config, data, scratch / "run")
 
 
-def _check_pipelines(config: "Config", images: "CocoSet") -> Iterator[Row]:
+def _check_pipelines(bench: Bench, config: "Config", images: "CocoSet") -> Iterator[Row]:
     """Compare the GPU's batches with the CPU's: equal targets; pixels within two grey levels on average."""
     from dali_pipelines.batch import IMAGENET_STD
 
     grey_levels = 255 * sum(IMAGENET_STD) / 3  # of one unit of a normalised image
     levels, same_targets = [], []
-    on_cpu, on_gpu = (_train_loader(config, images, device, 16) for device in (CPU, GPU))
+    on_cpu, on_gpu = (_train_loader(config, images, device, 16) for device in (CPU, bench.device))
     with on_cpu, on_gpu:
         for expected, found in zip(on_cpu.epoch(), on_gpu.epoch(), strict=True):
             assert np.array_equal(on_cpu.last_image_ids, on_gpu.last_image_ids)
-            assert found.images.dtype == torch.float16
+            assert found.images.dtype == (torch.float32 if bench.rehearsal else torch.float16)
             assert found.images.is_contiguous(memory_format=torch.channels_last)
             levels.append((found.images.float().cpu() - expected.images).abs().mean().item() * grey_levels)
             same = (found.labels.cpu() == expected.labels) & torch.isclose(
@@ -49,41 +48,23 @@ def _check_pipelines(config: "Config", images: "CocoSet") -> Iterator[Row]:
             same_targets.append(same.float().mean().item())
     yield bounded_row("training pixels, GPU - CPU", float(np.mean(levels)), "{:.2f} grey levels", at_most=2)
     yield bounded_row("training targets alike", float(np.mean(same_targets)), "{:.6f} of anchors", at_least=0.99999)
-    batches = zip(_eval_loader(config, images, CPU), _eval_loader(config, images, GPU), strict=True)
+    batches = zip(_eval_loader(config, images, CPU), _eval_loader(config, images, bench.device), strict=True)
     levels = [(found.images.float().cpu() - expected.images).abs().mean().item() for expected, found in batches]
     yield bounded_row(
         "evaluation pixels, GPU - CPU", float(np.mean(levels)) * grey_levels, "{:.2f} grey levels", at_most=2
     )
 
 
-def _check_learning(config: "Config", data: Path, output: Path) -> Iterator[Row]:
+def _check_learning(bench: Bench, config: "Config", data: Path, output: Path) -> Iterator[Row]:
     """Check that SSD300 learns 64 images by heart under mixed precision."""
     from ssd_fast.config.recipe import override_config
     from ssd_fast.training.run import train
 
-    recipe = override_config(
-        config,
-        [
-            "augmentation.crop_min_ious=[]",
-            "augmentation.brightness=[1.0, 1.0]",
-            "augmentation.contrast=[1.0, 1.0]",
-            "augmentation.saturation=[1.0, 1.0]",
-            "augmentation.hue_degrees=0.0",
-            "optimizer.learning_rate=0.01",
-            "optimizer.warmup_steps=100",
-            "optimizer.decay_epochs=[1000, 1300]",
-            "training.epochs=1500",
-            "training.batch_size=32",
-            "training.checkpoint_every_epochs=1500",
-            "evaluation.epochs=[500, 800, 1050, 1200, 1350]",
-            "evaluation.target_map=0.6",
-        ],
-        source="gpu-check",
-    )
+    recipe = override_config(config, list(bench.learning), source="gpu-check")
     start = time.perf_counter()
     outcome = train(recipe, data, output, resume=False)
     yield bounded_row("mAP on the 64 images learned", outcome.best_map, "{:.3f}", at_least=0.6)
-    yield ("  which took", f"{time.perf_counter() - start:.1f} s", "")
+    yield Row("  which took", f"{time.perf_counter() - start:.1f} s")
 
 
 def _train_loader(config: "Config", images: "CocoSet", device: torch.device, batch_size: int) -> "TrainLoader":

@@ -22,6 +22,7 @@ from dali_pipelines.synthetic import SyntheticEvalLoader
 from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import make_eval_loader
 from ssd_fast.evaluation.detector import Detector
+from ssd_fast.hardware import synchronize
 
 _BATCHES_IN_FLIGHT = 2  # one that is computed, and one that waits on the device
 
@@ -263,8 +264,7 @@ class SystemUnderTest:
         seconds = []
         for size in [*sizes, *[sizes[-1]] * 2]:
             images = self._library.random_batch(size)
-            if images.is_cuda:
-                torch.cuda.synchronize()
+            synchronize(images.device)
             start = time.perf_counter()
             computed = self._to_host([], images)
             if computed.done is not None:

@@ -3,9 +3,8 @@
 import time
 from typing import NamedTuple
 
-import torch
-
 from ssd_fast.distributed.world import World
+from ssd_fast.hardware import synchronize
 
 LEAST, MOST = 2, 100  # batches or steps of a turn
 _QUIET_S, _QUIET_CPU_S, _LONGEST_S = 0.01, 0.002, 5.0
@@ -28,7 +27,7 @@ class Stopwatch:
 
     def settle(self) -> None:
         """Wait until no background thread works any more, on any rank."""
-        self._synchronize()
+        synchronize(self._device)
         deadline, quiet = time.perf_counter() + _LONGEST_S, 0
         while quiet < 3 and time.perf_counter() < deadline:
             before = time.process_time()
@@ -38,19 +37,15 @@ class Stopwatch:
 
     def start(self) -> None:
         """Begin a lap."""
-        self._synchronize()
+        synchronize(self._device)
         self._begin_s, self._begin_cpu_s = time.perf_counter(), time.process_time()
 
     def stop(self) -> Lap:
         """End the lap."""
-        self._synchronize()
+        synchronize(self._device)
         seconds = time.perf_counter() - self._begin_s
         return Lap(seconds, (time.process_time() - self._begin_cpu_s) / seconds / self._world.cores)
 
     def repeats(self, available_s: float, each_s: float) -> int:
         """Return how many batches or steps of each_s fit into a time, 2 to 100; the same number on all ranks."""
         return self._world.broadcast(round(min(max(available_s / each_s, LEAST), MOST)))
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
