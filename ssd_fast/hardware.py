@@ -40,12 +40,16 @@ def input_threads(num_threads: int, cores: int) -> int:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The number format of the network on a device, for the key training.precision."""
+    """The number format of the network on a device, for the key training.precision.
+
+    A CPU that lacks instructions for bfloat16 would emulate it, slower than float32.
+    """
     named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if precision != "auto":
         return named[precision]
     if device.type == "cpu":
-        return torch.float32
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 

@@ -205,7 +205,8 @@ class TrainingConfig(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the initial weights, shuffling and augmentation."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Number format of the network. "auto" is fp32 on a CPU, bf16 on a GPU that has it, else fp16 with loss scaling."""
+    """Number format of the network. "auto" is bf16 where the CPU or GPU has instructions for it; else fp32 on a CPU,
+    and fp16 with loss scaling on a GPU."""
     log_every_steps: PositiveInt = 20
     """Steps between two readings of the losses, the only moments at which the host waits for the device."""
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 20

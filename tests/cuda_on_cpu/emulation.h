@@ -48,10 +48,14 @@ class SharedMemory {
   char* begin_;
 };
 
+// File and line of an instruction, then those of the calls that it was inlined into; empty outside the kernels.
+std::string lines_at(uintptr_t instruction);
+
 // Races and bad accesses since the last call, one line each; empty if there were none.
 std::string take_findings(const char* kernel);
 
-// Counters of a kernel, over all its launches. Accesses: of threads, to shared and global memory. Bytes of global memory count at each access; unique ones, once a launch.
+// Counters of a kernel, over all its launches. Accesses: of threads, to shared and global memory. Bytes of global memory
+// count at each access; unique ones, once a launch.
 struct Counters {
   uint64_t launches = 0, threads = 0, barriers = 0, collectives = 0, atomics = 0, accesses = 0;
   uint64_t global_read = 0, global_written = 0, unique_read = 0, unique_written = 0;

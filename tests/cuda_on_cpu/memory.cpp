@@ -316,6 +316,10 @@ std::string take_findings(const char* kernel) {
   return text;
 }
 
+std::string lines_at(uintptr_t instruction) {
+  return lines_of(static_cast<uint32_t>(instruction + 1 - library_begin()));
+}
+
 void before_atomic(void* address, size_t size, void* caller) {
   maybe_pause(4);
   record_access(

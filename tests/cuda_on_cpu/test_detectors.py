@@ -31,6 +31,8 @@ class Bug(NamedTuple):
 
 
 BOUND = "    if (threadIdx.x < size) {\n      const int row"
+BOX = "load_four(boxes_ltrb + 4 * int64_t{row})"
+DELTAS = "deltas.mutable_data_ptr<float>())"
 VOTE = "__any_sync(kAllLanes, key > found)"
 BUGS = {
     "barrier": Bug(
@@ -38,6 +40,8 @@ BUGS = {
     ),
     "bound": Bug(BOUND, BOUND.replace("size", "kTile"), "OUT OF BOUNDS: read of", "load_four(boxes_ltrb"),
     "mask": Bug(VOTE, VOTE.replace("kAllLanes", "0xffffu"), "DIVERGENCE: ", "__any_sync("),
+    "alignment": Bug(DELTAS, DELTAS[:-1] + " + 1)", "MISALIGNED: access of 16 bytes in", "deltas[place] = "),
+    "wild": Bug(BOX, BOX.replace("4 *", "(int64_t{1} << 40) +"), "CRASH: an access", "load_four(boxes_ltrb"),
     "atomic": Bug("atomicMax(&keys[i], key);", "keys[i] = max(keys[i], key);", "RACE in shared keys", "keys[i] = max("),
 }
 

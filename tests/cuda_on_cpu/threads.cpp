@@ -8,7 +8,9 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <signal.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -127,6 +129,41 @@ void fiber_main() {
   switch_to_scheduler();
   std::abort();
 }
+
+// An access that the processor refuses, after what the hooks have seen of it: ends the launch, so that both are reported.
+void on_fault(int number, siginfo_t*, void* context) {
+  if (!in_kernel) {
+    signal(number, SIG_DFL);
+    return;  // to the same instruction, which then ends the process
+  }
+  in_kernel = false;
+  const auto place = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+  fail(
+      "CRASH: an access that is misaligned or leads nowhere, by block " + std::to_string(block_index) + " thread " +
+      std::to_string(current) + " at " + lines_at(place));
+  switch_to_scheduler();
+}
+
+// Catches faults while it lives.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // the fiber never returns from the handler
+    sigaction(SIGSEGV, &action, &segv_);
+    sigaction(SIGBUS, &action, &bus_);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &segv_, nullptr);
+    sigaction(SIGBUS, &bus_, nullptr);
+  }
+  FaultHandler(const FaultHandler&) = delete;
+  FaultHandler& operator=(const FaultHandler&) = delete;
+
+ private:
+  struct sigaction segv_, bus_;
+};
 
 int first_ready_from(int start) {  // cyclic; -1 for none
   for (int i = 0, word = start / 64; i <= kWords; ++i, word = (word + 1) % kWords) {
@@ -423,6 +460,7 @@ void run_blocks(
   blockDim = {static_cast<unsigned>(block_size), 1, 1};
   gridDim = {static_cast<unsigned>(num_blocks), 1, 1};
   failure.clear();
+  const FaultHandler handler;
   for (int64_t i = 0; i < num_blocks && failure.empty(); ++i) {
     block_index = static_cast<uint32_t>(order == "reverse" ? num_blocks - 1 - i : i);
     blockIdx = {block_index, 0, 0};

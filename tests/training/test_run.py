@@ -154,6 +154,17 @@ def test_a_killed_run_goes_on_exactly_from_its_newest_good_checkpoint(
     assert {path.name for path in output.rglob(".*")} == {".of the user"}
 
 
+def test_a_run_in_bfloat16_resumes_exactly(
+    synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(("training.precision=bf16", "training.epochs=1", "evaluation.epochs=[]"))
+    train(config, synthetic_set, tmp_path / "whole", resume=False)
+    with during_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(config, synthetic_set, tmp_path / "parts", resume=False)
+    assert train(config, synthetic_set, tmp_path / "parts", resume=True).stopped_by == 0
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", 8)
+
+
 def test_resume_without_a_run_begins_one(synthetic_set: Path, tmp_path: Path, finished: Path) -> None:
     train(tiny_config(), synthetic_set, tmp_path / "run", resume=True)
     assert_same_end(tmp_path / "run", finished, STEPS)
