@@ -44,11 +44,11 @@ build() {
         --require-hashes --requirement <(echo "horovod==$VERSION --hash=sha256:$SHA256")
     tar -xzf "$work/horovod-$VERSION.tar.gz" -C "$work"
 
-    # PyTorch's headers need C++17. Without RPATH, the library uses the libraries that `import torch` has loaded instead
+    # The headers of PyTorch 2.14 need C++20, which those of 2.11 accept. Without RPATH, the library uses the libraries that `import torch` has loaded instead
     # of looking into this build's folders. Debug information would double the compile time. The kernels for the C++ ABI
     # from before 2015 are not used.
     local source=$work/horovod-$VERSION
-    sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 17)/' \
+    sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' \
         "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
     sed -i -e '/^project(/a set(CMAKE_SKIP_RPATH ON)' -e 's/"-O2" "-O3"/"-O2 -g" "-O3"/' "$source/CMakeLists.txt"
     sed -i 's/add_library(compatible_horovod_cuda_kernels/& EXCLUDE_FROM_ALL/' \

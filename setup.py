@@ -42,10 +42,10 @@ def extension():
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if shutil.which(compiler) is None:
         raise SystemExit(
-            f"kernels: no C++ compiler {compiler!r}: install g++ 9 or newer (Debian: apt-get install g++), or set CXX"
+            f"kernels: no C++ compiler {compiler!r}: install g++ 11 or newer (Debian: apt-get install g++), or set CXX"
         )
     # at::parallel_for needs OpenMP; at run time the loader uses the OpenMP library that PyTorch brings.
-    cxx_flags = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    cxx_flags = ["-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     cxx_flags += ["-Wall", "-Wno-psabi"]
     link_flags = ["-fopenmp"]
     if sanitizers := os.environ.get("SSD_FAST_SANITIZE"):
@@ -70,7 +70,7 @@ def extension():
             ("SSD_FAST_CUDA_BUILD", f'"{reason}"'),
             *((f"SSD_FAST_{k}", repr(v)) for k, v in runpy.run_path(str(CONSTANTS)).items() if k.isupper()),
         ],
-        "extra_compile_args": {"cxx": cxx_flags, "nvcc": ["-std=c++17", "-O3"]},
+        "extra_compile_args": {"cxx": cxx_flags, "nvcc": ["-std=c++20", "-O3"]},
         "extra_link_args": link_flags,
     }
     print(f"kernels: C++ with {compiler}; {reason}")

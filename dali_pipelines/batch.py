@@ -88,6 +88,21 @@ class LabelledImages(NamedTuple):
     labels: np.ndarray
     offsets: np.ndarray
 
+    def take(self, positions: np.ndarray) -> "LabelledImages":
+        """The images at these positions, with their ground truths."""
+        counts = np.diff(self.offsets)[positions]
+        offsets = np.concatenate(([0], counts.cumsum()))
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[positions] - offsets[:-1], counts)
+        return LabelledImages(
+            image_dir=self.image_dir,
+            file_names=tuple(self.file_names[position] for position in positions),
+            image_ids=self.image_ids[positions],
+            sizes_hw=self.sizes_hw[positions],
+            boxes_ltrb=self.boxes_ltrb[rows],
+            labels=self.labels[rows],
+            offsets=offsets,
+        )
+
 
 class TrainBatch(NamedTuple):
     """The input of one training step.

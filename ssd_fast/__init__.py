@@ -41,6 +41,7 @@ def load_detector(
     path: str | Path,
     *,
     config: str | Path | Config | None = None,
+    overrides: Sequence[str] = (),
     annotations: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> ImageDetector:
@@ -50,6 +51,7 @@ def load_detector(
 
     path: checkpoint, such as best.pt of a run, or weights of the MLPerf reference.
     config: recipe or configuration in place of the checkpoint's own; weights of the MLPerf reference need one.
+    overrides: changes of the checkpoint's own configuration, "section.key=value" each.
     annotations: COCO JSON with the class names, for weights without names whose classes are not COCO's.
     device: None for the GPU, or the CPU where there is none.
     Raises ValueError that names the file for one that is not a checkpoint or does not fit the configuration.
@@ -57,7 +59,7 @@ def load_detector(
     from ssd_fast.evaluation.predict import load_image_detector
 
     given, names = _config(config) if config else None, Path(annotations) if annotations else None
-    return load_image_detector(Path(path), config=given, annotations=names, device=device)
+    return load_image_detector(Path(path), config=given, overrides=overrides, annotations=names, device=device)
 
 
 def train(recipe: str | Path | Config, data: str | Path, output: str | Path, *, resume: bool = False) -> Outcome:

@@ -22,8 +22,8 @@ ROOMS = (
     "ssd_fast.options",
     "ssd_fast.config",
     "ssd_fast.progress",
-    "ssd_fast.timing",
     "ssd_fast.hardware",
+    "ssd_fast.timing",
     "ssd_fast.distributed",
     "ssd_fast.model",
     "ssd_fast.data",
@@ -33,6 +33,7 @@ ROOMS = (
     "ssd_fast.loadgen",
     "ssd_fast.profiling",
     "ssd_fast",
+    "ssd_fast.inference_verbs",
     "ssd_fast.__main__",
 )
 OWNERS = {
@@ -60,7 +61,9 @@ OWNERS = {
         "ssd_fast/config/recipe.py",
         "ssd_fast/profiling/profile.py",
     },
-    "typer": {"ssd_fast/__main__.py", "ssd_fast/options.py"},
+    "openvino": {"ssd_fast/evaluation/openvino_network.py"},
+    "nncf": {"ssd_fast/evaluation/openvino_network.py"},
+    "typer": {"ssd_fast/__main__.py", "ssd_fast/inference_verbs.py", "ssd_fast/options.py"},
     "msgspec": {"ssd_fast/data/annotations.py", "ssd_fast/evaluation/coco_eval.py"},
 }
 

@@ -243,6 +243,24 @@ class DetectionConfig(_Section):
     """Number of best detections of an image that are kept."""
 
 
+class InferenceConfig(_Section):
+    """How a trained network is computed by evaluate, detect, benchmark, and from Python. Training is not affected."""
+
+    backend: Literal["torch", "openvino"] = "torch"
+    """Library that computes the network. "openvino" is faster on a CPU; it needs the package openvino."""
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
+    """Number format of the network. "auto" is that of training.precision. "int8" needs the backend openvino and a
+    network from `ssd-fast quantize`."""
+
+    @model_validator(mode="after")
+    def _backend_has_precision(self) -> Self:
+        lacking = {"torch": "int8", "openvino": "fp16"}[self.backend]
+        if self.precision == lacking:
+            other = "openvino" if lacking == "int8" else "torch"
+            raise ValueError(f"precision = '{lacking}': expected backend = '{other}' with it, not '{self.backend}'")
+        return self
+
+
 class SystemConfig(_Section):
     """The machines that a recipe was written for. Unset: any."""
 
@@ -315,6 +333,7 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     detection: DetectionConfig = DetectionConfig()
+    inference: InferenceConfig = InferenceConfig()
     system: SystemConfig = SystemConfig()
     distributed: DistributedConfig = DistributedConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()

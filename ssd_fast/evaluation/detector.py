@@ -20,15 +20,40 @@ from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.coco_classes import COCO_CATEGORIES
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.coco_eval import DetectionTable
+from ssd_fast.evaluation.openvino_network import OpenVINONetwork, make_network
 from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
-from ssd_fast.model.ssd import SSD, on_device
+from ssd_fast.model.ssd import SSD, Predictions, on_device
 from ssd_fast.parts import DECODING, MODEL, PREPROCESSING
 from ssd_fast.timing import NULL_TIMELINE, NullTimeline
 
 
+class TorchNetwork:
+    """A network as PyTorch computes it, under autocast unless in float32."""
+
+    def __init__(self, model: SSD, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+        self.number_format = str(dtype).removeprefix("torch.")
+
+    def __call__(self, images: Tensor) -> Predictions:
+        """images: [B, 3, S, S], normalised. A model in training mode is in it again afterwards."""
+        autocast = self._dtype != torch.float32
+        was_training = self._model.training
+        if was_training:  # only then: eval() and train() walk through all modules
+            self._model.eval()
+        with torch.autocast(images.device.type, dtype=self._dtype, enabled=autocast):
+            predictions: Predictions = self._model(images if autocast else images.float())
+        if was_training:
+            self._model.train()
+        return predictions
+
+
 class Detector:
-    """A network, its anchors and the rules of detection."""
+    """A network, its anchors and the rules of detection.
+
+    number_format: what the network computes in, in words.
+    """
 
     def __init__(
         self,
@@ -38,34 +63,29 @@ class Detector:
         detection: DetectionConfig,
         categories: tuple[Category, ...],
         dtype: torch.dtype,
+        network: OpenVINONetwork | None = None,
     ) -> None:
         """Make a detector.
 
         model, anchors_cxcywh: on the device that computes. dtype: float32, or the type of autocast.
-        categories: class of label k is categories[k - 1].
+        categories: class of label k is categories[k - 1]. network: computes the predictions in place of the model.
         """
         self.model = model
         self.anchors_cxcywh = anchors_cxcywh
         self.detection = detection
         self.categories = categories
         self.dtype = dtype
+        self._network = network or TorchNetwork(model, dtype)
+        self.number_format = self._network.number_format
 
     @torch.inference_mode()
     def detect(self, images: Tensor, timeline: NullTimeline = NULL_TIMELINE) -> kernels.Detections:
         """Return the detections of a batch of normalised images [B, 3, S, S].
 
-        A model in training mode is in it again afterwards.
         timeline: receives the regions MODEL and DECODING.
         """
-        autocast = self.dtype != torch.float32
-        was_training = self.model.training
         with timeline.region(MODEL):
-            if was_training:  # only then: eval() and train() walk through all modules
-                self.model.eval()
-            with torch.autocast(images.device.type, dtype=self.dtype, enabled=autocast):
-                predictions = self.model(images if autocast else images.float())
-            if was_training:
-                self.model.train()
+            predictions = self._network(images)
         with timeline.region(DECODING):
             return kernels.decode_nms(
                 predictions.deltas,
@@ -174,7 +194,7 @@ def load_detector(
         load_weights(model, weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return make_detector(model, config, categories, device), config
+    return make_detector(model, config, categories, device, path), config
 
 
 def _categories_of(
@@ -201,14 +221,23 @@ def _categories_of(
     return given
 
 
-def make_detector(model: SSD, config: Config, categories: tuple[Category, ...], device: torch.device) -> Detector:
-    """Return a detector of a network, which is moved to the device."""
+def make_detector(
+    model: SSD, config: Config, categories: tuple[Category, ...], device: torch.device, checkpoint: Path | None = None
+) -> Detector:
+    """Return a detector of a network, which is moved to the device.
+
+    checkpoint: the file that holds the weights. Raises ValueError where the section `inference` cannot be followed.
+    """
+    precision = config.inference.precision
+    on_torch = config.inference.backend == "torch"
+    own = config.training.precision if precision == "auto" or not on_torch else precision
     return Detector(
         on_device(model, device).eval(),
         model_anchors(config.model).to(device),
         detection=config.detection,
         categories=categories,
-        dtype=compute_dtype(config.training.precision, device),
+        dtype=compute_dtype(own, device),
+        network=None if on_torch else make_network(model, config, device, checkpoint),
     )
 
 

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ssd_fast import timing
 from ssd_fast.config.sections import Config, DistributedConfig
 from ssd_fast.data.annotations import read_categories
@@ -28,7 +26,7 @@ class Evaluation(NamedTuple):
     config: the configuration that was used, which is the checkpoint's own unless another was given.
     num_images: number of images of all ranks. num_left_out: of bad ones, which the scores do not know of.
     parts: seconds of each part of the evaluation, as in `timing.Timeline.parts`.
-    device, dtype: the device that computed, by name, and the number format it used.
+    device, number_format: the device that computed, by name, and the number format it used, in words.
     """
 
     scores: coco_eval.CocoScores | None
@@ -38,7 +36,7 @@ class Evaluation(NamedTuple):
     num_left_out: int
     parts: Mapping[str, Sequence[float]]
     device: str
-    dtype: torch.dtype
+    number_format: str
 
 
 def evaluate(
@@ -98,7 +96,7 @@ def evaluate(
         num_left_out=val_set.num_left_out_images,
         parts=timeline.parts(),
         device=device_name(device, world.cores),
-        dtype=detector.dtype,
+        number_format=detector.number_format,
     )
 
 
@@ -126,6 +124,5 @@ def format_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> str
 def format_timing(evaluation: Evaluation) -> str:
     """Return the device, the number format and the image size in a line, and a table of where the time went."""
     size, batch_size = evaluation.config.model.image_size, evaluation.config.evaluation.batch_size
-    dtype = str(evaluation.dtype).removeprefix("torch.")
     report = timing.format_report(evaluation.parts, num_images=evaluation.num_images, batch_size=batch_size)
-    return f"{evaluation.device}, {dtype}, {size} x {size} pixels\n{report}"
+    return f"{evaluation.device}, {evaluation.number_format}, {size} x {size} pixels\n{report}"

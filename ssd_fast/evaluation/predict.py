@@ -129,12 +129,17 @@ class ImageDetector:
 
 
 def load_image_detector(
-    path: Path, *, config: Config | None, annotations: Path | None, device: str | torch.device | None
+    path: Path,
+    *,
+    config: Config | None,
+    overrides: Sequence[str] = (),
+    annotations: Path | None,
+    device: str | torch.device | None,
 ) -> ImageDetector:
     """Return the detector of a checkpoint. Arguments: those of `ssd_fast.load_detector`."""
     chosen = World().device() if device is None else torch.device(device)
     categories = read_categories(annotations) if annotations else None
-    detector, config = load_detector(path, chosen, config=config, categories=categories)
+    detector, config = load_detector(path, chosen, config=config, overrides=overrides, categories=categories)
     return ImageDetector(detector, config, chosen)
 
 

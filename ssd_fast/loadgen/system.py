@@ -86,12 +86,7 @@ class SampleLibrary:
     def _loader(self, indices: list[int]) -> EvalLoader | SyntheticEvalLoader:
         if self._images is None:
             return self._synthetic(len(indices), self._config.evaluation.batch_size)
-        chosen = self._images._replace(
-            file_names=tuple(self._images.file_names[index] for index in indices),
-            image_ids=self._images.image_ids[indices],
-            sizes_hw=self._images.sizes_hw[indices],
-        )
-        return make_eval_loader(self._config, chosen, self._device)
+        return make_eval_loader(self._config, self._images.take(np.array(indices)), self._device)
 
     def _synthetic(self, num_images: int, batch_size: int) -> SyntheticEvalLoader:
         return SyntheticEvalLoader(

@@ -25,7 +25,7 @@ KERNELS = HERE.parents[1] / "kernels"
 CSRC = KERNELS / "csrc"
 EMULATED = "CUDA emulated on the CPU"  # how kernels.cuda_build() of such a package begins
 
-_FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-fno-threadsafe-statics"]
+_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-fno-threadsafe-statics"]
 _FLAGS += ["-ffp-contract=off", "-DTORCH_API_INCLUDE_EXTENSION_H", f'-DSSD_FAST_CUDA_BUILD="{EMULATED}"']
 _WATCHED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"]
 

@@ -108,7 +108,7 @@ def test_configuration_and_network_agree_on_the_grids(
 def test_predictions_come_in_the_order_level_row_column_shape(memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
     model = SSD(small(), num_classes=3).eval()
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing in torch's stub
+    model.to(memory_format=memory_format)
     images = torch.randn(2, 3, 64, 64).to(memory_format=memory_format)
     with torch.no_grad():
         deltas, logits = model(images)

@@ -86,7 +86,7 @@ def average_layouts(world: World) -> dict[str, Any]:
     for layout in (torch.channels_last, torch.contiguous_format):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.Conv2d(5, 2, 3))
-        model = model.to(memory_format=layout)  # type: ignore[call-overload]
+        model = model.to(memory_format=layout)
         optimizer = world.wrap(torch.optim.SGD(model.parameters()), model.named_parameters(), DistributedConfig())
         images = torch.randn(world.rank + 2, 3, 9, 9).to(memory_format=layout)
         own = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
