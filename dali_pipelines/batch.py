@@ -88,7 +88,7 @@ class LabelledImages(NamedTuple):
     labels: np.ndarray
     offsets: np.ndarray
 
-    def take(self, positions: np.ndarray) -> "LabelledImages":
+    def take(self, positions: np.ndarray) -> LabelledImages:
         """The images at these positions, with their ground truths."""
         counts = np.diff(self.offsets)[positions]
         offsets = np.concatenate(([0], counts.cumsum()))

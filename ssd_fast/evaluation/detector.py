@@ -75,8 +75,8 @@ class Detector:
         self.detection = detection
         self.categories = categories
         self.dtype = dtype
-        self._network = network or TorchNetwork(model, dtype)
-        self.number_format = self._network.number_format
+        self.network = network or TorchNetwork(model, dtype)
+        self.number_format = self.network.number_format
 
     @torch.inference_mode()
     def detect(self, images: Tensor, timeline: NullTimeline = NULL_TIMELINE) -> kernels.Detections:
@@ -85,7 +85,7 @@ class Detector:
         timeline: receives the regions MODEL and DECODING.
         """
         with timeline.region(MODEL):
-            predictions = self._network(images)
+            predictions = self.network(images)
         with timeline.region(DECODING):
             return kernels.decode_nms(
                 predictions.deltas,

@@ -69,7 +69,7 @@ def predictions(model: SSD, config: Config, images: torch.Tensor, *changes: str)
     config = override_config(config, changes, source="test")
     detector = make_detector(model, config, load_categories(model), CPU)
     with torch.inference_mode():
-        return detector._network(images)
+        return detector.network(images)
 
 
 def load_categories(model: SSD) -> tuple[Category, ...]:
