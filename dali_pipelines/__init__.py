@@ -1,7 +1,7 @@
 """Images on disk to batches on the device; the only package that imports nvidia.dali.
 
 In: LabelledImages, an Augmentation, a device. Out: TrainBatch, EvalBatch.
-May be imported by every room of ssd_fast; imports no other room, not even kernels.
+May be imported by every room of ssd_fast; imports kernels alone.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The augmentation of training images as graph nodes: crop and decode, resize, change colours, normalise, flip."""
+"""The augmentation of training images as graph nodes: crop, decode, and on a GPU everything after it."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from dali_pipelines.batch import Augmentation
 from dali_pipelines.loader import decoder_placement, normalised, resized
 from dali_pipelines.samples import Samples
 
-PIXEL_PARTS = ("read", "crop and decode", "resize", "colour, normalise, flip")
+PIXEL_PARTS = ("read", "crop and decode", "resize, colour, normalise, flip")
 
 # With "no crop" among seven options one image in 10^66 needs more; without it some boxes may allow no crop at all.
 _MAX_OPTIONS_DRAWN = 1000
@@ -19,19 +19,22 @@ _MAX_OPTIONS_DRAWN = 1000
 class Augmented(NamedTuple):
     """Graph nodes of one augmented batch.
 
-    parts: by name of PIXEL_PARTS, what the images are after it. The first one is the bytes of the files, the last one
-        the network's input: normalised images [S, S, 3] on the device.
+    encoded: the bytes of the files. decoded: the crops [H, W, 3], 8 bits.
+    pixels: on a GPU the network's input, normalised images [S, S, 3]; on a CPU the arguments of `finished`: the crops,
+        their colours [4] and 1 where they are mirrored.
     boxes: on the CPU, ltrb fractions of the crop, flipped with the image.
     labels: on the CPU, of the boxes that the crop keeps.
     """
 
-    parts: dict[str, Any]
+    encoded: Any
+    decoded: Any
+    pixels: tuple[Any, ...]
     boxes: Any
     labels: Any
 
-    @property
-    def images(self) -> Any:
-        return self.parts[PIXEL_PARTS[-1]]
+    def until(self, part: str) -> tuple[Any, ...]:
+        """What there is after one of PIXEL_PARTS."""
+        return dict(zip(PIXEL_PARTS, ((self.encoded,), (self.decoded,), self.pixels), strict=True))[part]
 
 
 def augmented(
@@ -39,10 +42,10 @@ def augmented(
 ) -> Augmented:
     """Graph nodes of the augmented samples.
 
-    Colours are changed by DALI's one-pass operator, which differs from torchvision's ColorJitter in three ways. The
-    order is fixed: hue and saturation, then contrast, then brightness, without clipping in between. Contrast pulls
-    towards 128 instead of the image's mean grey. Hue turns the chroma plane of YIQ instead of the hue of HSV, by the
-    same angle in the same direction. Brightness and saturation agree to a grey level.
+    Colours are changed in one pass, which differs from torchvision's ColorJitter in three ways. The order is fixed: hue
+    and saturation, then contrast, then brightness, without clipping in between. Contrast pulls towards 128 instead of
+    the image's mean grey. Hue turns the chroma plane of YIQ instead of the hue of HSV, by the same angle in the same
+    direction. Brightness and saturation agree to a grey level.
     """
     corner, extent, boxes, labels = _crop(samples, augmentation)
     decoded = fn.decoders.image_slice(
@@ -54,21 +57,19 @@ def augmented(
         output_type=types.RGB,
         adjust_orientation=False,  # boxes are in the frame of the stored pixels
     )
-    shrunk = resized(decoded, image_size)
-    pixels = fn.color_twist(
-        shrunk,
-        brightness=_uniform(*augmentation.brightness),
-        contrast=_uniform(*augmentation.contrast),
-        saturation=_uniform(*augmentation.saturation),
-        hue=_uniform(-augmentation.hue_degrees, augmentation.hue_degrees),
-        dtype=types.FLOAT if device.type == "cpu" else types.UINT8,
-    )
-    if device.type == "cpu":  # there rounding takes longer than the colours, and math.clamp longer than both
-        pixels = math.min(math.max(pixels, 0.0), 255.0)
+    colours = {
+        "brightness": _uniform(*augmentation.brightness),
+        "contrast": _uniform(*augmentation.contrast),
+        "saturation": _uniform(*augmentation.saturation),
+        "hue": _uniform(-augmentation.hue_degrees, augmentation.hue_degrees),
+    }
     flip = fn.random.coin_flip(probability=augmentation.flip_probability)
-    pixels = normalised(pixels, device, mirror=flip)
-    parts = dict(zip(PIXEL_PARTS, (samples.encoded, decoded, shrunk, pixels), strict=True))
-    return Augmented(parts, fn.bb_flip(boxes, ltrb=True, horizontal=flip), labels)
+    pixels: tuple[Any, ...]
+    if device.type == "cpu":
+        pixels = decoded, fn.stack(*colours.values()), flip
+    else:
+        pixels = (normalised(fn.color_twist(resized(decoded, image_size), **colours), mirror=flip),)
+    return Augmented(samples.encoded, decoded, pixels, fn.bb_flip(boxes, ltrb=True, horizontal=flip), labels)
 
 
 def _crop(samples: Samples, augmentation: Augmentation) -> tuple[Any, Any, Any, Any]:

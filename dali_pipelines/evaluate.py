@@ -9,7 +9,8 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from dali_pipelines.batch import EvalBatch, LabelledImages
-from dali_pipelines.loader import decoder_placement, make_pipeline, normalised, resized, run
+from dali_pipelines.finish import finished, images_of
+from dali_pipelines.loader import as_tensor, decoder_placement, make_pipeline, normalised, resized, run_ragged
 
 
 class EvalLoader:
@@ -62,7 +63,9 @@ class EvalLoader:
         pipeline, self._idle = self._idle or self._build(), None
         for batch in range(len(self)):
             rows = self._rows(batch)
-            (pixels,) = run(pipeline, self._device, self._paths[rows])
+            (output,) = run_ragged(pipeline, self._device, self._paths[rows])
+            on_gpu = self._device.type == "cuda"
+            pixels = as_tensor(output) if on_gpu else finished(images_of(output), self._image_size)
             for row, orientation in enumerate(self._orientations[rows].tolist()):
                 if orientation != 1:
                     pixels[row] = _turned(pixels[row], orientation).clone()
@@ -98,7 +101,9 @@ class EvalLoader:
                 output_type=types.RGB,
                 adjust_orientation=False,
             )
-            pipeline.set_outputs(normalised(resized(pixels, self._image_size), self._device))
+            if self._device.type == "cuda":
+                pixels = normalised(resized(pixels, self._image_size))
+            pipeline.set_outputs(pixels)
         return pipeline
 
 

@@ -1,6 +1,6 @@
 """Parts of both pipelines, training and evaluation: placement, the last operators, and outputs as torch tensors.
 
-One definition serves both placements. On the CPU everything runs on the host and images are float32. On a GPU the
+On the CPU a pipeline ends with the decoded images, which `finished` makes the network's input, float32. On a GPU the
 decoder is "mixed" (host and GPU), all later operators run on the GPU, and images are float16.
 """
 
@@ -58,14 +58,15 @@ def decoder_placement(device: torch.device) -> str:
 
 
 def resized(images: Any, image_size: int) -> Any:
-    """Graph node of images resized to image_size x image_size, uint8 HWC, with a triangular filter."""
+    """Graph node of images on a GPU, resized to image_size x image_size, uint8 HWC, with a triangular filter."""
     return fn.resize(images, size=[image_size, image_size], antialias=True)
 
 
-def normalised(images: Any, device: torch.device, *, mirror: Any = 0) -> Any:
-    """Graph node of normalised images, HWC, mirrored where mirror is 1; float32 on the CPU, float16 on a GPU."""
-    dtype = types.FLOAT16 if device.type == "cuda" else types.FLOAT
-    return fn.crop_mirror_normalize(images, mirror=mirror, mean=_MEAN, std=_STD, dtype=dtype, output_layout="HWC")
+def normalised(images: Any, *, mirror: Any = 0) -> Any:
+    """Graph node of normalised images on a GPU, float16 HWC, mirrored where mirror is 1."""
+    return fn.crop_mirror_normalize(
+        images, mirror=mirror, mean=_MEAN, std=_STD, dtype=types.FLOAT16, output_layout="HWC"
+    )
 
 
 def run(pipeline: Pipeline, device: torch.device, paths: Iterable[str]) -> tuple[Tensor, ...]:
@@ -75,7 +76,12 @@ def run(pipeline: Pipeline, device: torch.device, paths: Iterable[str]) -> tuple
     paths: the files that may be in the batch.
     Raises ImageError if one of them cannot be read or decoded; the pipeline cannot be used afterwards.
     """
-    return tuple(torch.from_dlpack(output.as_tensor()) for output in run_ragged(pipeline, device, paths))
+    return tuple(map(as_tensor, run_ragged(pipeline, device, paths)))
+
+
+def as_tensor(output: Any) -> Tensor:
+    """An output whose samples have one shape, as a tensor over DALI's own memory."""
+    return torch.from_dlpack(output.as_tensor())
 
 
 def run_ragged(pipeline: Pipeline, device: torch.device, paths: Iterable[str]) -> tuple[Any, ...]:

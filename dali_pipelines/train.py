@@ -16,7 +16,8 @@ from torch import Tensor
 from dali_pipelines.augment import Augmented, augmented
 from dali_pipelines.batch import Augmentation, LabelledImages, TrainBatch
 from dali_pipelines.box_encoder import target_nodes
-from dali_pipelines.loader import make_pipeline, run, run_ragged
+from dali_pipelines.finish import finished, images_of
+from dali_pipelines.loader import as_tensor, make_pipeline, run_ragged
 from dali_pipelines.order import TrainingOrder
 from dali_pipelines.samples import Samples, SampleSource, read_samples
 
@@ -28,7 +29,7 @@ offsets[b + 1]. Returns deltas [B, A, 4] and labels [B, A] int32. All tensors ar
 """
 
 _DATA_SET = "data set"
-_FORMAT = 2  # of a saved state. 1 was that of DALI's COCO reader, which had an order of its own
+_FORMAT = 3  # of a saved state. 2 was that of a pipeline that resized on the CPU, too; 1 that of DALI's COCO reader
 
 
 class TrainLoader:
@@ -86,6 +87,7 @@ class TrainLoader:
         self.steps_per_epoch = order.steps_per_epoch
         self.last_image_ids = np.empty(0, np.int64)
         self._source = SampleSource(images, order)
+        self._image_size = image_size
         self._device = device
         self._encode = encode
         pipeline = make_pipeline(
@@ -111,7 +113,7 @@ class TrainLoader:
         self._pipeline: Pipeline | None = pipeline
 
     def _outputs(self, samples: Samples, batch: Augmented, targets: tuple[Any, Any]) -> tuple[Any, ...]:
-        return batch.images, *targets, samples.positions
+        return *batch.pixels, *targets, samples.positions
 
     def epoch(self) -> Iterator[TrainBatch]:
         """Iterate over the rest of the current epoch; at its end, over the whole next one.
@@ -121,12 +123,14 @@ class TrainLoader:
         assert self._pipeline is not None, "the loader is closed"
         for _ in range(self._batches_given % self.steps_per_epoch, self.steps_per_epoch):
             paths = self._source.paths(self._batches_given)
-            pixels, deltas, labels, positions = run(self._pipeline, self._device, paths)
+            *pixels, deltas, labels, positions = run_ragged(self._pipeline, self._device, paths)
+            deltas, labels, positions = as_tensor(deltas), as_tensor(labels), as_tensor(positions)
             if self._encode is not None:  # then the pipeline gives boxes in place of deltas
                 deltas, labels = self._encode(*_ragged(deltas, labels, self._device))
             self._batches_given += 1
             self.last_image_ids = self._image_ids[positions[:, 0].numpy()]
-            yield TrainBatch(images=pixels.permute(0, 3, 1, 2), deltas=deltas, labels=labels)
+            images = _finished(pixels, self._image_size).permute(0, 3, 1, 2)
+            yield TrainBatch(images=images, deltas=deltas, labels=labels)
 
     def state(self) -> bytes:
         """Return the position after the batch that was given last; batches prepared beyond it do not count."""
@@ -154,13 +158,25 @@ class CutInput(TrainLoader):
         super().__init__(**arguments)
 
     def _outputs(self, samples: Samples, batch: Augmented, targets: tuple[Any, Any]) -> tuple[Any, ...]:
-        return batch.parts[self._until], *samples[1:]  # DALI warns of a source with outputs that nobody uses
+        return *batch.until(self._until), *samples[1:]  # DALI warns of a source with outputs that nobody uses
 
     def run_batch(self) -> None:
         """Make the next batch; on a GPU, queue it on torch's current stream. Raises as `epoch` does."""
         assert self._pipeline is not None, "the loader is closed"
-        run_ragged(self._pipeline, self._device, self._source.paths(self._batches_given))
+        *pixels, _, _, _ = run_ragged(self._pipeline, self._device, self._source.paths(self._batches_given))
+        if len(pixels) > 1:
+            _finished(pixels, self._image_size)
         self._batches_given += 1
+
+
+def _finished(pixels: list[Any], image_size: int) -> Tensor:
+    """The network's input [B, S, S, 3] from the outputs of `Augmented.pixels`."""
+    if len(pixels) == 1:
+        return as_tensor(pixels[0])
+    decoded, colours, mirrored = pixels
+    return finished(
+        images_of(decoded), image_size, colours=as_tensor(colours).numpy(), mirrored=as_tensor(mirrored).bool()
+    )
 
 
 def _padded(boxes: Any, labels: Any) -> tuple[Any, Any]:
@@ -239,8 +255,8 @@ def _unpack(state: bytes, identity: dict[str, Any], images: LabelledImages) -> t
     if saved.get("format") != _FORMAT:
         raise ValueError(
             f"state of the training input: format = {saved.get('format', 1)}: expected {_FORMAT}: another version of "
-            "this program, which orders images otherwise, saved it. Finish the run with that version, or begin a new "
-            "run with the weights of its checkpoint"
+            "this program saved it. Finish the run with that version, or begin a new run with the weights of its "
+            "checkpoint"
         )
     if saved.get(_DATA_SET) != identity[_DATA_SET]:
         raise ValueError(

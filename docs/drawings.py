@@ -111,7 +111,8 @@ def draw_rooms() -> str:
         ((TORCH, "data", "COCO sets and loaders"),),
         ((TORCH, "model", "network, anchors, loss"), (HOROVOD, "distributed", "ranks: Horovod, Slurm")),
         ((FILES, "config", "recipes and their sections"), (FILES, "files, progress, timing …", "leaves: single files")),
-        ((DALI, "dali_pipelines", "images to batches"), (KERNELS, "kernels", "operators in C++ and CUDA")),
+        ((DALI, "dali_pipelines", "images to batches"),),
+        ((KERNELS, "kernels", "operators in C++ and CUDA"),),
     )
     boxes, gap, height, width = [], 12, 50, 640
     for number, row in enumerate(rows):

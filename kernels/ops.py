@@ -4,6 +4,7 @@ Arguments, results and rules are those of `kernels.reference`; each docstring st
 """
 
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,17 @@ def multibox_loss(deltas: Tensor, logits: Tensor, target_deltas: Tensor, target_
     deltas, logits = _of_one_dtype(deltas, logits)
     box, class_, _, _ = torch.ops.ssd_fast.multibox_loss(deltas, logits, target_deltas, target_labels)
     return LossParts(box=box, class_=class_)
+
+
+def resize_normalise(
+    images: Sequence[Tensor], size: int, *, matrices: Tensor, mirrored: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """The network's input from decoded images, as in `kernels.reference.resize_normalise`; on the CPU only.
+
+    images: B times uint8 [H, W, 3], of any sizes. matrices: [B, 3, 4], low and high: [3], float32.
+    mirrored: [B] bool. Returns [B, size, size, 3] float32.
+    """
+    return torch.ops.ssd_fast.resize_normalise(list(images), size, matrices, mirrored, low, high)
 
 
 def decode_nms(
@@ -158,6 +170,13 @@ def _multibox_loss_backward_shapes(
     num_positives: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return deltas.new_empty(deltas.shape), logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("ssd_fast::resize_normalise")
+def _resize_normalise_shape(
+    images: list[Tensor], size: int, matrices: Tensor, mirrored: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    return matrices.new_empty(len(images), size, size, 3)
 
 
 @torch.library.register_fake("ssd_fast::decode_nms")

@@ -6,6 +6,7 @@ float64 input gives a result to compare others with. Boxes are fractions of the 
 The rules are those of the MLPerf SSD reference. Where it is silent or wrong, the docstring states the rule.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,30 @@ from torch import Tensor
 from kernels.boxes import cxcywh_to_ltrb, decode_deltas, encode_deltas, iou_matrix
 from kernels.constants import NEGATIVES_PER_POSITIVE
 from kernels.types import Detections, LossParts, Targets
+
+
+@torch.no_grad()
+def resize_normalise(
+    images: Sequence[Tensor], size: int, *, matrices: Tensor, mirrored: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """The network's input from decoded images.
+
+    images: B times uint8 [H, W, 3], of any sizes.
+    matrices: [B, 3, 4]: channel c of a pixel p becomes matrices[b, c, :3] . p + matrices[b, c, 3], clamped to low[c]
+        and high[c]. So one matrix changes colours and normalises; low and high are what black and white become.
+    mirrored: [B] bool, images whose left and right are exchanged.
+
+    Returns [B, size, size, 3] in the precision of the matrices. The resize is bilinear with antialiasing, as Pillow's:
+    each pixel is a mean over its triangle in the image, rounded to 8 bits.
+    """
+    rows = []
+    for image, matrix, mirror in zip(images, matrices, mirrored.tolist(), strict=True):
+        planes = image.permute(2, 0, 1)[None].to(matrices.dtype)
+        resized = F.interpolate(planes, (size, size), mode="bilinear", antialias=True).clamp(0, 255).round()[0]
+        pixels = resized.permute(1, 2, 0) @ matrix[:, :3].T + matrix[:, 3]
+        pixels = torch.minimum(torch.maximum(pixels, low), high)
+        rows.append(pixels.flip(1) if mirror else pixels)
+    return torch.stack(rows) if rows else matrices.new_empty(0, size, size, 3)
 
 
 @torch.no_grad()

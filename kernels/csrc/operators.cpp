@@ -31,4 +31,7 @@ TORCH_LIBRARY(ssd_fast, m) {
   m.def(
       "decode_nms(Tensor deltas, Tensor logits, Tensor anchors_cxcywh, float score_threshold, float iou_threshold, "
       "int max_per_class, int max_detections) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "resize_normalise(Tensor[] images, int size, Tensor matrices, Tensor mirrored, Tensor low, Tensor high) "
+      "-> Tensor");
 }

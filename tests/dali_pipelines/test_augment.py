@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, types
 from PIL import Image
 from pipelines import (
     ANCHORS,
@@ -23,6 +24,8 @@ from pipelines import (
 from torchvision.transforms import functional as F
 
 from dali_pipelines.batch import Augmentation, LabelledImages
+from dali_pipelines.finish import finished
+from dali_pipelines.loader import make_pipeline
 from dali_pipelines.train import Encode
 from kernels.boxes import decode_deltas
 
@@ -202,3 +205,19 @@ def test_factors_fill_their_range(ramp: Path) -> None:
     assert found.min() == pytest.approx(0.875, abs=0.01)
     assert found.max() == pytest.approx(1.125, abs=0.01)
     assert np.histogram(found, bins=5, range=(0.875, 1.125))[0].min() > 60
+
+
+@pytest.mark.parametrize(
+    "colours",
+    [(1.0, 1.0, 1.0, 0.0), (1.1, 1.0, 1.0, 0.0), (1.0, 0.7, 1.0, 0.0), (1.0, 1.0, 0.5, 0.0), (0.9, 1.3, 1.4, -18.0)],
+)
+def test_on_a_cpu_colours_are_those_that_dali_gives_on_a_gpu(colours: tuple[float, float, float, float]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pipeline = make_pipeline(torch.device("cpu"), batch_size=1, num_threads=1, prefetch_batches=1)
+    with pipeline:
+        named = dict(zip(("brightness", "contrast", "saturation", "hue"), colours, strict=True))
+        twisted = fn.color_twist(fn.external_source(source=lambda: [image], layout="HWC"), dtype=types.FLOAT, **named)
+        pipeline.set_outputs(twisted)
+    expected = np.array(pipeline.run()[0].as_array()[0]).clip(0, 255)
+    found = finished([torch.from_numpy(image)], 32, colours=np.array([colours]))
+    assert np.abs(pixels(found.permute(0, 3, 1, 2))[0] - expected).max() < 1  # its matrices are no exact inverses

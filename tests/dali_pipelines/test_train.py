@@ -165,7 +165,7 @@ def test_state_of_other_data_or_arguments_is_refused(small: LabelledImages) -> N
         train_loader(small, encode=OWN_ENCODER, state=state)
     header, _, rest = state.partition(b"\n")
     of_the_coco_reader = {key: value for key, value in json.loads(header).items() if key != "format"} | {"step": 0}
-    with pytest.raises(ValueError, match=r"format = 1: expected 2: another version .* begin a new run"):
+    with pytest.raises(ValueError, match=r"format = 1: expected 3: another version .* begin a new run"):
         train_loader(small, state=json.dumps(of_the_coco_reader).encode() + b"\n" + rest)
     for garbage in (b"", b"abc", b"[]\nabc", b'{"step": 0}'):
         with pytest.raises(ValueError, match="state"):
