@@ -222,3 +222,24 @@ def test_what_cannot_be_measured_is_one_line(
         torchvision_peer.main()
     assert "\n" not in str(exit_info.value)
     assert capsys.readouterr().out == ""
+
+
+def test_the_inference_benchmark_computes_the_same_with_every_network_and_prints_the_ratios() -> None:
+    import inference_peers
+
+    config = tiny_config(["model.backbone_weights=none"])
+    networks = inference_peers.make_networks(config, 2)
+    expected, *others = (networks[name]() for name in networks)
+    for name, found in zip([*networks][1:], others, strict=True):
+        for index, right in enumerate(expected):
+            values = torch.as_tensor(
+                np.asarray(found[index].float() if torch.is_tensor(found[index]) else found[index])
+            )
+            rounding = 0.3 if "int8" in name else 0.05 if "bfloat16" in name else 1e-4
+            assert (values - right).abs().max() < rounding * right.abs().max(), name
+    command = ["benchmarks/inference_peers.py", "--config", DEMO, "--rounds", "1"]
+    result = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert all(
+        re.search(rf"^{re.escape(name)} +[\d.]+ +[\d.]+ - [\d.]+ +[\d.]+$", result.stdout, re.M) for name in networks
+    )
