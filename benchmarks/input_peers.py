@@ -70,6 +70,7 @@ class OpenCVDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         index = self._with_boxes[position]
         truths = slice(self._images.offsets[index], self._images.offsets[index + 1])
         stored = cv2.imread(str(self._images.image_dir / self._images.file_names[index]), cv2.IMREAD_COLOR)
+        assert stored is not None, "load_sets has looked at every file"
         boxes, labels = self._images.boxes_ltrb[truths], self._images.labels[truths]
         crop, boxes, labels = crop_of_ssd(stored.shape[:2], boxes, labels, self._augmentation)
         left, top, right, bottom = crop
@@ -85,7 +86,7 @@ def crop_of_ssd(
 ) -> tuple[tuple[int, int, int, int], np.ndarray, np.ndarray]:
     """A crop in pixels, with the boxes whose centre it holds, cut to it."""
     height, width = size_hw
-    random = np.random.default_rng(torch.randint(2**31, ()).item())
+    random = np.random.default_rng(int(torch.randint(2**31, ())))
     options: list[float | None] = [*augmentation.crop_min_ious]
     options += [None] if augmentation.crop_allow_none else []
     while True:
