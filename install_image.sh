@@ -42,7 +42,8 @@ cuda=${found[1]}
 export TORCH_CUDA_ARCH_LIST=${found[2]}
 version=$(locked torch) vision_version=$(locked torchvision)
 case $cuda in
-    12.6)
+    12.6) # PyTorch 2.14 is the last one for it, and so for the V100
+        version=2.14.1 vision_version=0.29.1
         torch=("torch==$version+cu126" "torchvision==$vision_version+cu126")
         torch+=(--extra-index-url https://download.pytorch.org/whl/cu126)
         dali=nvidia-dali-cuda120

@@ -30,7 +30,7 @@ from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import Category
 from ssd_fast.evaluation.detector import Detector, make_random_detector
 from ssd_fast.evaluation.export import to_onnx
-from ssd_fast.evaluation.openvino_network import OpenVINONetwork, convert, quantize_network
+from ssd_fast.evaluation.openvino_network import OpenVINONetwork, convert, core, quantize_network
 from ssd_fast.files import write_atomically
 from ssd_fast.hardware import device_name, usable_cores
 from ssd_fast.tables import Row, Table, format_table
@@ -68,14 +68,14 @@ def _peers(detector: Detector, images: np.ndarray) -> dict[str, Network]:
     threads = torch.get_num_threads()
     networks: dict[str, Network] = {}
     for precision, dtype in (("f32", "float32"), ("bf16", "bfloat16")):
-        model = openvino.Core().read_model(content, b"")
+        model = core().read_model(content, b"")
         model.reshape(list(images.shape))
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
         }
-        request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        request = core().compile_model(model, "CPU", settings).create_infer_request()
         networks[f"OpenVINO, {dtype}"] = partial(request.infer, [images], share_inputs=True, share_outputs=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -34,7 +34,7 @@ from torchvision_training import (
 )
 
 from dali_pipelines.synthetic import SyntheticTrainLoader
-from ssd_fast.config.recipe import load_config
+from ssd_fast.config.recipe import load_config, override_config
 from ssd_fast.config.sections import Config
 from ssd_fast.data.loaders import make_train_loader
 from ssd_fast.data.sets import load_sets
@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 
 @contextmanager
-def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator[dict[str, Side]]:
+def both_sides(config: Config, data_dir: Path, device: torch.device, peer_precision: str) -> Iterator[dict[str, Side]]:
     """Set up our side and the peer's, by name; tear both down at the end."""
     batch_size, seed = config.training.batch_size, config.training.seed
     coco_set, _ = load_sets(config, data_dir, World())
@@ -109,7 +109,8 @@ def both_sides(config: Config, data_dir: Path, device: torch.device) -> Iterator
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        peer = PeerTrainer(peer_model, config.optimizer, anchors_cxcywh, device=device, dtype=dtype)
+        peer_dtype = compute_dtype(peer_precision, device)
+        peer = PeerTrainer(peer_model, config.optimizer, anchors_cxcywh, device=device, dtype=peer_dtype)
         yield {
             "ours": Side(
                 batches=chain.from_iterable(train_loader.epoch() for _ in count()),
@@ -229,12 +230,17 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 10,
     input_steps: Annotated[int, typer.Option(min=1, help="Batches of a turn of the input alone.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,
+    peer_precision: Annotated[
+        str | None, typer.Option(help="training.precision of the peer, if not that of the recipe.", show_default=False)
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="JSON file for every turn.", show_default=False)
     ] = None,
 ) -> None:
     """Train as `ssd-fast train` does and as one would with torchvision, in turns; print how their speeds compare."""
     recipe = load_config(config, overrides or ())
+    if peer_precision is not None:
+        override_config(recipe, [f"training.precision={peer_precision}"], source="--peer-precision")
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file}: expected a file in a folder that exists")
     if launched_by_slurm() or {"RANK", "HOROVOD_RANK"} & os.environ.keys():
@@ -242,15 +248,16 @@ def run(
     setup_logging(None)
     device, cores = World().device(), usable_cores()
     images, size = recipe.training.batch_size, recipe.model.image_size
-    dtype = str(compute_dtype(recipe.training.precision, device)).removeprefix("torch.")
+    precisions = recipe.training.precision, peer_precision or recipe.training.precision
+    dtypes = [str(compute_dtype(precision, device)).removeprefix("torch.") for precision in precisions]
     environment = (
-        f"{device_name(device, cores)}; {dtype}; "
+        f"{device_name(device, cores)}; {' and '.join(dict.fromkeys(dtypes))}; "
         f"{images} images of {size} x {size} a step; ours: {input_threads(recipe.data.num_threads, cores)} threads, "
         f"peer: {cores} workers; torch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"torchvision {torchvision.__version__}; load {os.getloadavg()[0]:.1f}"
     )
     rows = []
-    with both_sides(recipe, data, device) as sides:
+    with both_sides(recipe, data, device, precisions[1]) as sides:
         print(environment, _format_cells("images/s", "ours", "peer", "ours / peer"), sep="\n\n", flush=True)
         for measure in MEASURES:
             num_steps = input_steps if measure == "input" else steps

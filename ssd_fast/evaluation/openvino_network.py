@@ -3,6 +3,7 @@
 A batch of one image uses all cores for it. Of a larger batch, OpenVINO computes several images side by side.
 """
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -31,6 +32,20 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 LEAST_SHARE = 0.99  # of float32's mAP, which MLPerf asks of a quantized network
 _RECORD, _GRAPH, _WEIGHTS = "quantization.json", "network.xml", "network.bin"
+
+
+@functools.cache
+def core() -> "openvino.Core":
+    """The one OpenVINO runtime of the process.
+
+    Its CPU plugin gives the thread a stack for signals. When a plugin ends, that stack is unmapped but stays the
+    thread's, and the next signal ends the process. So one plugin is loaded before any other and never ends.
+    """
+    import openvino
+
+    runtime = openvino.Core()
+    runtime.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
+    return runtime
 
 
 class BackendError(ValueError):
@@ -99,9 +114,7 @@ class OpenVINONetwork:
 
     def _requests_for(self, hint: str) -> list[Any]:
         if hint not in self._requests:
-            import openvino
-
-            compiled = openvino.Core().compile_model(self._model, "CPU", {**self._settings, "PERFORMANCE_HINT": hint})
+            compiled = core().compile_model(self._model, "CPU", {**self._settings, "PERFORMANCE_HINT": hint})
             count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
             self._requests[hint] = [compiled.create_infer_request() for _ in range(count)]
         return self._requests[hint]
@@ -148,6 +161,7 @@ def quantize_network(network: "openvino.Model", images: Iterable[Tensor], num_im
         logging.getLogger(name).setLevel(level)
     import nncf
 
+    core()
     calibration = nncf.Dataset([image.contiguous().numpy() for image in images])
     return nncf.quantize(network, calibration, subset_size=num_images)
 
@@ -198,7 +212,7 @@ def read_quantized(checkpoint: Path | None) -> "openvino.Model":
     import openvino
 
     try:
-        return openvino.Core().read_model(graph, weights)
+        return core().read_model(graph, weights)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise BackendError(

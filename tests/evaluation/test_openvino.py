@@ -1,6 +1,7 @@
 """Networks that OpenVINO computes: equal to PyTorch's, in int8 nearly so, and never used where they are not."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import REPOSITORY
 from short_benchmark import load_set
 from tiny import tiny_config
 
@@ -152,6 +154,31 @@ def test_quantizing_leaves_nothing_else(checkpoint: Path, synthetic_set: Path, t
     assert "of float32's" in ended.stdout
     assert list(home.rglob("*")) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "own.int8.zip", "own.pt"]
+
+
+def test_a_signal_is_handled_after_a_network_is_gone() -> None:
+    """OpenVINO's plugin leaves the stack for signals behind, unmapped."""
+    code = """
+import gc, os, signal, torch
+from tiny import tiny_config
+from ssd_fast.evaluation.openvino_network import OpenVINONetwork, convert, quantize_network
+from ssd_fast.model.ssd import SSD
+model, images = SSD(tiny_config().model, num_classes=2), torch.randn(1, 3, 64, 64)
+networks = [OpenVINONetwork(convert(model), "fp32", 1)]
+networks.append(OpenVINONetwork(quantize_network(convert(model), [images], 1), "int8", 1))
+for network in networks:
+    network(images)
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+while networks:
+    del networks[0], network
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    network = None
+"""
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'tests' / 'support'}:{REPOSITORY}"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("handled") == 2
 
 
 def test_a_network_that_loses_accuracy_is_not_kept(
