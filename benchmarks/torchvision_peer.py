@@ -207,13 +207,14 @@ def format_row(row: Row) -> str:
     cells = []
     for rates in row.images_per_s.values():
         low, median, high = np.percentile(rates, (25, 50, 75))
-        cells.append(f"{median:.4g} ({low:.4g} - {high:.4g})")
+        median, low, high = (f"{rate:.4g}" if rate < 1000 else f"{rate:.0f}" for rate in (median, low, high))
+        cells.append(f"{median} ({low} - {high})")
     ratio = f"{row.ratio_of_medians:.2f} ({min(row.ratios):.2f} - {max(row.ratios):.2f})"
     return _format_cells(MEASURES[row.measure], *cells, ratio)
 
 
 def _format_cells(*cells: str) -> str:
-    return "{:<14}{:>26}{:>26}{:>22}".format(*cells)
+    return "{:<14}  {:>26}  {:>26}  {:>24}".format(*cells)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

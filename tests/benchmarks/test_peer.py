@@ -179,6 +179,12 @@ def test_a_turn_begins_when_the_workers_have_nothing_left_to_do() -> None:
         worker.join()
 
 
+def test_a_row_of_high_rates_keeps_its_columns_apart() -> None:
+    rates = {"ours": [98765.4321, 123456.7], "peer": [1234.5678, 999.99]}
+    row = torchvision_peer.Row("input", 2, rates, 100.0, [80.0, 123.4])
+    assert re.search(r"\) +\d+ \(\d+ - \d+\) +100.00", torchvision_peer.format_row(row))
+
+
 def test_command_prints_three_ratios_and_writes_every_turn(synthetic_set: Path, tmp_path: Path) -> None:
     json_file = tmp_path / "turns.json"
     command = [sys.executable, torchvision_peer.__file__, "--config", DEMO, "--data", synthetic_set]
