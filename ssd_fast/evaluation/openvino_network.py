@@ -88,15 +88,21 @@ class OpenVINONetwork:
             "ENABLE_CPU_PINNING": False,  # other processes and the input pipeline use the same cores
         }
         self._requests: dict[str, list[Any]] = {}
-        self._shapes = [output.get_partial_shape().to_shape()[1:] for output in self._model.outputs]
+        shapes = [output.get_partial_shape().to_shape()[1:] for output in self._model.outputs]
+        self._found = [torch.empty((0, *shape)) for shape in shapes]
         self.number_format = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, precision) + " by OpenVINO"
 
     def __call__(self, images: Tensor) -> Predictions:
-        """images: [B, 3, S, S] float32, normalised; not copied if in channels_last."""
+        """Return predictions that hold until the next call, so that their memory need not be cleared for each one.
+
+        images: [B, 3, S, S] float32, normalised; not copied if in channels_last.
+        """
         import openvino
 
         rows = images.float().permute(0, 2, 3, 1).contiguous().numpy()
-        found = [torch.empty((len(rows), *shape)) for shape in self._shapes]
+        if len(rows) > len(self._found[0]):
+            self._found = [torch.empty((len(rows), *tensor.shape[1:])) for tensor in self._found]
+        found = [tensor[: len(rows)] for tensor in self._found]
         requests = self._requests_for("LATENCY" if len(rows) == 1 else "THROUGHPUT")
         for row in range(len(rows)):
             request = requests[row % len(requests)]
