@@ -44,9 +44,9 @@ build() {
         --require-hashes --requirement <(echo "horovod==$VERSION --hash=sha256:$SHA256")
     tar -xzf "$work/horovod-$VERSION.tar.gz" -C "$work"
 
-    # The headers of PyTorch 2.14 need C++20, which those of 2.11 accept. Without RPATH, the library uses the libraries that `import torch` has loaded instead
-    # of looking into this build's folders. Debug information would double the compile time. The kernels for the C++ ABI
-    # from before 2015 are not used.
+    # The headers of PyTorch 2.14 need C++20, which those of 2.11 accept. Without RPATH, the library uses the libraries
+    # that `import torch` has loaded instead of looking into this build's folders. Debug information would double the
+    # compile time. The kernels for the C++ ABI from before 2015 are not used.
     local source=$work/horovod-$VERSION
     sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' \
         "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"

@@ -13,7 +13,6 @@ import itertools
 import os
 import statistics
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as `ssd-fast` does; for all sides
@@ -36,6 +35,7 @@ from ssd_fast.data.sets import load_sets
 from ssd_fast.distributed.world import World
 from ssd_fast.hardware import device_name, usable_cores
 from ssd_fast.model.anchors import model_anchors
+from ssd_fast.options import DataOption, RecipeOption, SetOption
 from ssd_fast.progress import setup_logging
 from ssd_fast.tables import Row, Table, format_table
 
@@ -140,12 +140,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Option(help="Recipe (TOML).", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Data folder in COCO's layout.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
-    ] = None,
+    config: RecipeOption,
+    data: DataOption,
+    overrides: SetOption = None,
     batches: Annotated[int, typer.Option(min=1, help="Batches of a turn.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,
 ) -> None:

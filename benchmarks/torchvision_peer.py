@@ -44,6 +44,7 @@ from ssd_fast.files import write_atomically
 from ssd_fast.hardware import compute_dtype, device_name, input_threads, synchronize, usable_cores
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
+from ssd_fast.options import DataOption, RecipeOption, SetOption
 from ssd_fast.progress import setup_logging
 from ssd_fast.training.step import TrainStep
 
@@ -222,12 +223,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Option(help="Recipe (TOML).", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Data folder in COCO's layout.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
-    ] = None,
+    config: RecipeOption,
+    data: DataOption,
+    overrides: SetOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 10,
     input_steps: Annotated[int, typer.Option(min=1, help="Batches of a turn of the input alone.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,

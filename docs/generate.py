@@ -53,7 +53,7 @@ CLI = """\
 `ssd-fast VERB` and `python -m ssd_fast VERB` are the same. An error is one line on stderr and exit status 1;
 `ssd-fast --traceback VERB …` shows where in the code it arose.
 
-<!-- This page is written by docs/generate.py from ssd_fast/__main__.py. -->
+<!-- This page is written by docs/generate.py from ssd_fast/__main__.py and ssd_fast/inference_verbs.py. -->
 """
 
 sys.path.insert(0, str(REPOSITORY))
@@ -124,7 +124,9 @@ def cli_page() -> str:
     """A table of options for each verb."""
     from ssd_fast.__main__ import app
 
-    verbs = {command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
+    groups = [app, *(group.typer_instance for group in app.registered_groups if group.typer_instance)]
+    commands = [command.callback for group in groups for command in group.registered_commands]
+    verbs = {callback.__name__: callback for callback in commands if callback}
     rows = [(f"[`{name}`](#{name})", _cell(verb.__doc__ or "")) for name, verb in verbs.items()]
     page = [CLI, _table(("verb", "result"), rows)]
     for name, verb in verbs.items():

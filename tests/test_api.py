@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from repository import REPOSITORY
-from tiny import tiny_config
+from tiny import save_weights, tiny_config
 
 import ssd_fast
-from ssd_fast.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ssd_fast.data.coco import load_coco
 from ssd_fast.evaluation.detector import make_random_detector
 from ssd_fast.evaluation.predict import ImageDetections, ImageDetector, detect_files
@@ -32,19 +31,7 @@ def checkpoint(synthetic_set: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ).categories
     model = make_random_detector(config, categories, torch.device("cpu")).model
     path = tmp_path_factory.mktemp("api") / "random.pt"
-    state = Checkpoint(
-        config=config,
-        categories=categories,
-        model=model.state_dict(),
-        optimizer={},
-        scaler={},
-        rng={},
-        statistics=[],
-        loader=[],
-        step=0,
-        steps_per_epoch=1,
-    )
-    save_checkpoint(path, state)
+    save_weights(path, config, categories, model)
     return path
 
 

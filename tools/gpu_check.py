@@ -156,10 +156,15 @@ def main() -> int:
 def run_section(section: Section, given: argparse.Namespace, scratch: Path, deadline: float) -> None:
     """Run a section in a process of its own, within its limit; its rows go to the file of results."""
     print(f"==== {section.name}", flush=True)
+    Results(given.results).begin(section.name, {})
     limit_s = min(section.limit_s, deadline - time.monotonic())
-    if limit_s <= 0:
-        _conclude(given.results, section, "skipped: no time left (--minutes)")
-        return
+    verdict = "skipped: no time left (--minutes)" if limit_s <= 0 else _run(section, given, scratch, limit_s)
+    if verdict:
+        Results(given.results).add(Row(section.name, "", "", verdict))
+
+
+def _run(section: Section, given: argparse.Namespace, scratch: Path, limit_s: float) -> str:
+    """Run the process of a section; return what it failed by, if it did."""
     options = ["--section", section.name, "--inside", scratch, "--data", given.data, "--results", given.results]
     options += ["--batch-size", given.batch_size, *(["--rehearse"] if given.rehearse else [])]
     child = subprocess.Popen(
@@ -170,21 +175,12 @@ def run_section(section: Section, given: argparse.Namespace, scratch: Path, dead
     try:
         status = child.wait(limit_s)
     except subprocess.TimeoutExpired:
-        _conclude(given.results, section, f"{FAILED}: no end within {limit_s:.0f} s")
-    else:
-        if status:
-            _conclude(given.results, section, f"{FAILED}: ended with status {status}")
+        return f"{FAILED}: no end within {limit_s:.0f} s"
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-
-
-def _conclude(path: Path, section: Section, verdict: str) -> None:
-    results = Results(path)
-    if section.name not in results.sections or verdict.startswith("skipped"):
-        results.begin(section.name, results.environment)
-    results.add(Row(section.name, "", "", verdict))
+    return f"{FAILED}: ended with status {status}" if status else ""
 
 
 def run_here(section: Section, bench: Bench, scratch: Path, results: Results) -> int:

@@ -20,7 +20,7 @@ def fill(page: Path, results: Results) -> None:
     """Replace the part of a page between its two marks. Raises ValueError where there is nothing to put there."""
     if not any(results.sections.values()):
         raise ValueError(f"{results.path}: holds no rows")
-    if results.environment["device"] == REHEARSAL:
+    if results.environment.get("device", REHEARSAL) == REHEARSAL:
         raise ValueError(f"{results.path}: is of a rehearsal on a CPU, expected measurements of a GPU")
     text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)

@@ -136,7 +136,7 @@ class Results:
                     raise ValueError(f"{path}, line {number}: expected a line of gpu-check's results") from error
 
     def begin(self, section: str, environment: dict[str, str]) -> None:
-        """environment: device and versions that the rows hold for."""
+        """environment: device and versions that the rows hold for; empty before they are known."""
         self._append({"section": section, "environment": environment})
 
     def add(self, row: Row) -> None:
@@ -150,7 +150,7 @@ class Results:
 
     def _take(self, content: dict[str, Any]) -> None:
         if "section" in content:
-            self.environment = content["environment"]
+            self.environment = content["environment"] or self.environment
             self.sections.pop(content["section"], None)
             self.sections[content["section"]] = []
         else:

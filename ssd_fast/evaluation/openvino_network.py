@@ -129,7 +129,7 @@ def make_network(model: SSD, config: Config, device: torch.device, checkpoint: P
     checkpoint: the file that the weights come from, beside which a quantized network is kept.
     Raises BackendError.
     """
-    _require("openvino", "inference.backend = 'openvino'")
+    require("openvino", "inference.backend = 'openvino'")
     if device.type != "cpu":
         raise BackendError(
             f"inference.backend = 'openvino' computes on a CPU, not on {device}: expected 'torch', or no visible GPU "
@@ -145,7 +145,7 @@ def make_network(model: SSD, config: Config, device: torch.device, checkpoint: P
 
 def convert(model: SSD) -> "openvino.Model":
     """The network for one image, [1, 3, S, S] to [1, A, 4] and [1, A, C], in float32."""
-    _require("openvino", "OpenVINO")
+    require("openvino", "OpenVINO")
     import openvino
 
     size = model.config.image_size
@@ -159,7 +159,7 @@ def convert(model: SSD) -> "openvino.Model":
 
 def quantize_network(network: "openvino.Model", images: Iterable[Tensor], num_images: int) -> "openvino.Model":
     """Return a network whose convolutions compute in int8; their ranges are those of some images [1, 3, S, S]."""
-    _require("nncf", "quantization")
+    require("nncf", "quantization")
     for name, level in (("nncf", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):  # which nncf imports
         logging.getLogger(name).setLevel(level)
     import nncf
@@ -176,7 +176,10 @@ def quantized_path(checkpoint: Path) -> Path:
 
 def is_quantized(path: Path) -> bool:
     """Whether a file is a quantized network, which a later one may replace."""
-    return zipfile.is_zipfile(path) and _RECORD in zipfile.ZipFile(path).namelist()
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return _RECORD in archive.namelist()
 
 
 def write_quantized(path: Path, network: "openvino.Model", record: Quantization) -> None:
@@ -228,7 +231,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _require(package: str, what: str) -> None:
+def require(package: str, what: str) -> None:
     """Raise BackendError if a package is missing; else make sure that it keeps its use to itself."""
     if importlib.util.find_spec(package) is None:
         raise BackendError(f"{what} needs the package {package}: pip install 'ssd_fast[openvino]', or openvino nncf")

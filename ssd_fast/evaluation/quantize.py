@@ -24,6 +24,7 @@ from ssd_fast.evaluation.openvino_network import (
     is_quantized,
     quantize_network,
     quantized_path,
+    require,
     sha256_of,
     write_quantized,
 )
@@ -57,6 +58,8 @@ def quantize(
     image_list: file that names them instead, one in each line.
     Raises ValueError for a checkpoint or a data set that cannot be used.
     """
+    for package in ("openvino", "nncf"):
+        require(package, "quantization")
     path = quantized_path(checkpoint)
     check_writable(path, "--checkpoint", is_quantized)
     categories = read_categories(data_dir / config.data.val_annotations) if config else None

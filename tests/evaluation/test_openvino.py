@@ -11,10 +11,9 @@ import pytest
 import torch
 from repository import REPOSITORY
 from short_benchmark import load_set
-from tiny import tiny_config
+from tiny import save_weights, tiny_config
 
 import ssd_fast
-from ssd_fast.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ssd_fast.config.recipe import load_config, override_config
 from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import Category
@@ -38,23 +37,8 @@ COMMAND = [sys.executable, "-m", "ssd_fast"]
 def checkpoint(synthetic_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, which detect something."""
     config, categories = tiny_config(MANY), load_set(synthetic_set).categories
-    weights = make_random_detector(config, categories, CPU).model.state_dict()
     path = tmp_path_factory.mktemp("openvino") / "random.pt"
-    save_checkpoint(
-        path,
-        Checkpoint(
-            config=config,
-            categories=categories,
-            model=weights,
-            optimizer={},
-            scaler={},
-            rng={},
-            statistics=[],
-            loader=[],
-            step=0,
-            steps_per_epoch=1,
-        ),
-    )
+    save_weights(path, config, categories, make_random_detector(config, categories, CPU).model)
     return path
 
 

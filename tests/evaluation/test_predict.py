@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_config
+from tiny import save_weights, tiny_config
 
-from ssd_fast.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ssd_fast.data.annotations import Category
 from ssd_fast.data.images import find_images
 from ssd_fast.data.policy import DataError
@@ -28,8 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(("detection.score_threshold=0.0", "data.bad_images=skip"))
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("random") / "random.pt"
-    model = SSD(config.model, num_classes=len(CLASSES)).state_dict()
-    save_checkpoint(path, Checkpoint(config, CLASSES, model, {}, {}, {}, [], [], 0, 1))
+    save_weights(path, config, CLASSES, SSD(config.model, num_classes=len(CLASSES)))
     return path
 
 

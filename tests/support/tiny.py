@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from repository import REPOSITORY
 
-from ssd_fast.checkpoints.checkpoint import load_checkpoint, numbered_path
+from ssd_fast.checkpoints.checkpoint import Checkpoint, load_checkpoint, numbered_path, save_checkpoint
 from ssd_fast.config.recipe import load_config
 from ssd_fast.config.sections import Config
+from ssd_fast.data.annotations import Category
 from ssd_fast.training.history import read_metrics
 
 TINY = (
@@ -38,6 +39,11 @@ named, so that every machine computes the same."""
 def tiny_config(overrides: Sequence[str] = ()) -> Config:
     """The recipe of a run of seconds."""
     return load_config(REPOSITORY / "configs" / "demo.toml", [*TINY, *overrides])
+
+
+def save_weights(path: Path, config: Config, categories: tuple[Category, ...], model: torch.nn.Module) -> None:
+    """A checkpoint of a network that was not trained."""
+    save_checkpoint(path, Checkpoint(config, categories, model.state_dict(), {}, {}, {}, [], [], 0, 1))
 
 
 def final_state(run: Path, step: int) -> dict[str, torch.Tensor]:
