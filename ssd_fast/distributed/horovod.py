@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, TracebackType
@@ -21,6 +22,7 @@ from ssd_fast.distributed.watch import Watch
 from ssd_fast.distributed.world import Optimizer, T, World
 
 _GROUP_BYTES = 4 * 2**20
+_POLL_S = 0.001
 
 
 class HorovodWorld(World):
@@ -102,6 +104,8 @@ class HorovodWorld(World):
     @contextmanager
     def averaged_gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         with self._watch.waiting():
+            for handle, _ in optimizer._handles.values():  # type: ignore[attr-defined]
+                self._sleep_until_done(handle)
             optimizer.synchronize()  # type: ignore[attr-defined]
         with optimizer.skip_synchronize():  # type: ignore[attr-defined]
             yield
@@ -117,7 +121,13 @@ class HorovodWorld(World):
 
     def _wait(self, handle: int) -> Any:
         with self._watch.waiting():
+            self._sleep_until_done(handle)
             return self._hvd.synchronize(handle)
+
+    def _sleep_until_done(self, handle: int | None) -> None:
+        """Leave a core to the ranks that share it: Horovod waits in a loop that keeps it busy."""
+        while self.cores == 1 and handle is not None and not self._hvd.poll(handle):
+            time.sleep(_POLL_S)
 
 
 class WireContext(NamedTuple):
