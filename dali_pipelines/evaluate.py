@@ -23,8 +23,11 @@ class EvalLoader:
     prefetch_batches: batches prepared ahead, at least 1.
     orientations: [N] uint8, how each image is turned upright (EXIF's values, 1 to 8); images.sizes_hw must then be
         those of the turned images. None for a data set, whose boxes are in the frame of the stored pixels.
+    most_batches: number of batches of the rank that has the most.
     Iterating raises ImageError for a file that cannot be decoded.
     """
+
+    most_batches: int
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class EvalLoader:
         num_images = len(images.file_names)
         shard = np.flatnonzero(np.arange(num_images) // batch_size % world_size == rank)
         self._paths = [os.path.join(images.image_dir, images.file_names[index]) for index in shard]
+        self.most_batches = -(-num_images // (batch_size * world_size))
         self._image_ids = torch.from_numpy(images.image_ids[shard])
         self._sizes_hw = torch.from_numpy(images.sizes_hw[shard])
         self._orientations = np.ones(len(shard), np.uint8) if orientations is None else orientations[shard]

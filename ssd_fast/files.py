@@ -1,8 +1,10 @@
 """Files that appear as a whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,6 +38,46 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, f"not written: {error.strerror}", str(path)) from None
         raise
+
+
+class Claim:
+    """A lock file that one process holds until it ends, also by a kill. The file stays, and names the last holder.
+
+    On a file system without locks it holds nothing.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        """path: of the lock file, made if missing. what: is claimed; for errors.
+
+        Raises ValueError that names the holder where another process holds the file.
+        """
+        self._path = path
+        self._what = what
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip()
+            self._file.close()
+            raise ValueError(f"{what}: in use by {holder or 'another process'}: expected to be used by one") from None
+        except OSError:  # no locks here
+            pass
+        self._file.truncate(0)
+        self._file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        self._file.flush()
+
+    def check(self) -> None:
+        """Raise OSError where the file has been removed or replaced, with the folder around it, say."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return
+        raise OSError(errno.ESTALE, "removed or replaced while it was in use", str(self._what))
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        with contextlib.suppress(OSError):  # its disk may be gone
+            self._file.close()
 
 
 def unfinished(path: Path) -> Path:

@@ -137,6 +137,15 @@ def peak_memory(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
+def memory_kills() -> int:
+    """Number of processes that this machine's kernel has killed for lack of memory, a cgroup's or its own."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
 def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
     seconds: list[float] = []
     while len(seconds) < _REPEATS and (len(seconds) < 3 or sum(seconds) < _REPEATS * _LONG_S):

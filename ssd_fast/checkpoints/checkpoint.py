@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,12 @@ def is_checkpoint(content: Any) -> bool:
 
 
 def parse_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
-    """Return the checkpoint in the content of a file. path: its name in errors."""
+    """Return the checkpoint in the content of a file.
+
+    Raises CheckpointError, too, where a part of the file does not fit its checksum, which torch does not look at.
+    """
+    if part := _damaged_part(path):
+        raise CheckpointError(f"{path}: damaged: {part} does not fit its checksum")
     if content["format"] not in (FORMAT, _FORMAT_WITH_SCORES):
         raise CheckpointError(f"{path}: format = {content['format']!r}: expected {FORMAT!r}")
     try:
@@ -118,6 +124,15 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         link.replace(target)
 
 
+def _damaged_part(path: Path) -> str | None:
+    """Name of the first part of a file of torch.save, a zip archive, that does not fit its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile as error:
+        return str(error)
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the readable checkpoint of the highest step, or None. Damaged ones are skipped with a warning."""
     for path in _numbered(folder):
@@ -126,6 +141,23 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         except CheckpointError as error:
             logger.warning("%s; trying the one before", error)
     return None
+
+
+def set_aside_damaged(folder: Path, readable: Checkpoint | None) -> None:
+    """Rename the checkpoints after the newest one that is readable: they must not count as the newest.
+
+    Raises CheckpointError where none is readable.
+    """
+    damaged = _numbered(folder)
+    if readable:
+        damaged = [path for path in damaged if path.name > numbered_path(folder, readable.step).name]
+    elif damaged:
+        raise CheckpointError(
+            f"{folder}: none of its checkpoints can be read: expected one to resume from; to begin anew, take another "
+            "--output"
+        )
+    for path in damaged:
+        path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

@@ -7,9 +7,10 @@ import importlib.util
 import logging
 import os
 import pickle
+import statistics
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from ssd_fast.distributed.world import Optimizer, T, World
 
 _GROUP_BYTES = 4 * 2**20
 _POLL_S = 0.001
+_LONG_WAIT = 0.3  # share of the time
 
 
 class HorovodWorld(World):
@@ -54,6 +56,7 @@ class HorovodWorld(World):
         if not launch.has_thread_count:
             torch.set_num_threads(self.cores)
         self._agreement: int | None = None
+        self._slowest: int | None = None  # the rank that was last named
         self._watch.start()
         with self._watch.waiting():
             self._hvd.init()
@@ -117,7 +120,23 @@ class HorovodWorld(World):
 
         if isinstance(error, HorovodInternalError):
             self._watch.give_up()
-        self._watch.end(f"ended with: {error}" if error else "ended")
+        self._watch.end(f"ended with: {_first_line(error)}" if error else "ended")
+
+    def doing(self, activity: str) -> AbstractContextManager[None]:
+        return self._watch.doing(activity)
+
+    def find_slow(self, seconds: float) -> str | None:
+        waited = torch.zeros(self.size, dtype=torch.float64)
+        waited[self.rank] = self.size * self._watch.take_waited() / seconds
+        shares = self.average_(waited).tolist()
+        slowest = min(range(self.size), key=shares.__getitem__)
+        others = statistics.median(share for rank, share in enumerate(shares) if rank != slowest)
+        is_slow = others >= _LONG_WAIT and shares[slowest] < others / 2
+        if not self.is_main or not is_slow or slowest == self._slowest:
+            return None
+        self._slowest = slowest
+        host = self._watch.host_of(slowest)
+        return f"rank {slowest} ({host}) is slow: the others wait for it {others:.0%} of the time"
 
     def _wait(self, handle: int) -> Any:
         with self._watch.waiting():
@@ -128,6 +147,10 @@ class HorovodWorld(World):
         """Leave a core to the ranks that share it: Horovod waits in a loop that keeps it busy."""
         while self.cores == 1 and handle is not None and not self._hvd.poll(handle):
             time.sleep(_POLL_S)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class WireContext(NamedTuple):

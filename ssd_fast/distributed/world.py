@@ -84,6 +84,17 @@ class World:
         """Wait until every gradient is the mean over all ranks; the optimizer may step within this context."""
         return nullcontext()
 
+    def doing(self, activity: str) -> AbstractContextManager[None]:
+        """Name what this process does within this context, for the message of ranks that wait too long for it."""
+        return nullcontext()
+
+    def find_slow(self, seconds: float) -> str | None:
+        """Return a line on a rank that lets the others wait, on rank 0, once; seconds: the time since the last call.
+
+        All ranks call it. It knows of waiting on the CPU: not of a GPU that is slower than the others.
+        """
+        return None
+
     @contextmanager
     def torch_process_group(self) -> Iterator[None]:
         """Connect the ranks by torch.distributed and NCCL, too, for packages that need it, within this context."""

@@ -11,21 +11,19 @@ import torch
 from ssd_fast.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
-    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
 from ssd_fast.checkpoints.finetuning import load_for_finetuning
 from ssd_fast.checkpoints.weights import load_backbone_weights
-from ssd_fast.config.recipe import dump_toml, is_dumped
+from ssd_fast.config.recipe import dump_toml
 from ssd_fast.config.sections import Config
-from ssd_fast.data.coco import CocoSet
 from ssd_fast.data.loaders import make_eval_loader, make_train_loader
 from ssd_fast.data.sets import Reading, TrainAndVal, load_sets
 from ssd_fast.distributed.launch import connect
 from ssd_fast.distributed.world import World
 from ssd_fast.evaluation.detector import Detector
-from ssd_fast.files import check_folder, remove_leftovers, write_atomically
+from ssd_fast.files import write_atomically
 from ssd_fast.hardware import compute_dtype
 from ssd_fast.model.anchors import model_anchors
 from ssd_fast.model.ssd import SSD
@@ -33,15 +31,13 @@ from ssd_fast.progress import setup_logging
 from ssd_fast.training.folder import RunFolder
 from ssd_fast.training.loop import Flags, Loop, Window
 from ssd_fast.training.records import Records
-from ssd_fast.training.scores import Scores, read_scores
+from ssd_fast.training.resume import Saved, announce_changes, check_classes, check_config, open_run
+from ssd_fast.training.scores import Scores
 from ssd_fast.training.signals import StopRequest
 from ssd_fast.training.step import TrainStep
 from ssd_fast.training.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-_MUST_STAY = ("training.batch_size", "training.seed")  # the order of images follows from them
-_MAY_CHANGE = ("model.backbone_weights", "model.initial_checkpoint")  # keys of the model that a resumed run ignores
 
 
 class Outcome(NamedTuple):
@@ -55,13 +51,6 @@ class Outcome(NamedTuple):
     best_map: float
     reached_target: bool
     is_main: bool
-
-
-class Saved(NamedTuple):
-    """The state that a run resumes from."""
-
-    checkpoint: Checkpoint
-    scores: Scores
 
 
 class _RankState(NamedTuple):
@@ -83,10 +72,9 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, reading
     Every rank of a parallel launch calls this function; only rank 0 reads and writes the folder.
     Raises ValueError (configuration, data, checkpoint), FloatingPointError (loss) and OSError.
     """
-    folder = RunFolder(output)
-    with connect(config.distributed) as world, StopRequest() as stop:
+    with connect(config.distributed) as world, StopRequest() as stop, RunFolder(output) as folder:
         setup_logging(None)
-        saved = world.broadcast(_open(folder, resume=resume) if world.is_main else None)
+        saved = world.broadcast(open_run(folder, resume=resume) if world.is_main else None)
         if saved:
             checkpoint = saved.checkpoint
             if _is_finished(config, checkpoint.steps_per_epoch, checkpoint.step, saved.scores):
@@ -97,12 +85,13 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, reading
                     f"{output}: a run of {len(checkpoint.loader)} processes: expected as many to resume it, "
                     f"not {world.size}"
                 )
-            _check_config(checkpoint, config, folder)
+            check_config(checkpoint, config, folder)
         elif (initial := config.model.initial_checkpoint) and not Path(initial).is_file():
             raise ValueError(f"model.initial_checkpoint = {initial!r}: no such file")
         sets = load_sets(config, data_dir, world, reading)
         if world.is_main:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            folder.claim()
             if not folder.recipe.exists():  # it tells the folder of a run
                 write_atomically(folder.recipe, dump_toml(config).encode())
             setup_logging(folder.log)
@@ -124,16 +113,8 @@ class Run:
         logger.info("validating on %s", sets.val.describe())
         scores = saved.scores if saved else Scores()
         if saved:
-            _check_classes(saved.checkpoint, sets.train, folder)
-            for key, old, new in _differences(saved.checkpoint.config, config):
-                logger.warning("the run in %s began with %s = %r; it continues with %r", folder.path, key, old, new)
-            if scores.val_set and scores.val_set != sets.val.digest():
-                scores.compare_after(max(scores.by_epoch, default=0))
-                logger.warning(
-                    "%s differs from the validation set of the scores so far: mAPs before and after cannot be "
-                    "compared, and the best is the best of those that follow",
-                    sets.val.annotation_file,
-                )
+            check_classes(saved.checkpoint, sets.train, folder)
+            announce_changes(saved, config, sets, folder)
         scores.val_set = sets.val.digest()
 
         dtype = compute_dtype(config.training.precision, device)
@@ -165,6 +146,7 @@ class Run:
             timeout_s=config.distributed.timeout_s,
         )
         self.stopped_by = 0
+        self.saved_step = saved.checkpoint.step if saved else -1
         if saved:
             self.train_step.load_state_dict(saved.checkpoint._asdict(), saved.checkpoint.statistics[world.rank])
             self.loop.load_state_dict(saved.checkpoint._asdict(), world.rank)
@@ -184,7 +166,7 @@ class Run:
         with self.records.display():
             while not self._is_over():
                 if self.loop.is_at_epoch_end and self.validation.is_due(self.loop.epoch - 1):
-                    self._end_epoch(self.loop.epoch - 1)  # the run was cut off between its last step and its score
+                    self._end_epoch(self.loop.epoch - 1, stop)  # the run was cut off before its score
                 else:
                     self._train_epoch(stop)
         scores = self.validation.scores
@@ -224,7 +206,7 @@ class Run:
             if self._is_over():
                 return
         self.records.mlperf.epoch_stop(epoch)
-        self._end_epoch(epoch)
+        self._end_epoch(epoch, stop)
 
     def _flags(self, stop: StopRequest) -> Flags:
         return Flags(stop_signal=stop.received, scored_epoch=self.validation.scored_epoch())
@@ -244,6 +226,8 @@ class Run:
                     "a lower learning rate or a longer warm-up may help"
                 )
             logger.warning("%s; those steps were skipped", what)
+        if slow := self.world.find_slow(window.seconds):
+            logger.warning("steps to %d: %s", loop.step, slow)
         self.records.add_window(
             window, step=loop.step, steps_per_epoch=loop.steps_per_epoch, images_per_step=loop.global_batch_size
         )
@@ -254,18 +238,29 @@ class Run:
     def _is_over(self) -> bool:
         return self.stopped_by != 0 or self._is_finished()
 
-    def _end_epoch(self, epoch: int) -> None:
-        """Evaluate after an epoch where that is due, and save; wait for the score of the last epoch."""
-        last = epoch == self.config.training.epochs
-        if self.validation.is_due(epoch):
+    def _end_epoch(self, epoch: int, stop: StopRequest) -> None:
+        """Save after an epoch, and evaluate where that is due; wait for the score of the last epoch.
+
+        The checkpoint comes first: a run that is stopped or killed within its evaluation repeats that alone.
+        """
+        is_due = self.validation.is_due(epoch)
+        if is_due or epoch % self.config.training.checkpoint_every_epochs == 0:
+            self._save()
+        agree = partial(self._agree, stop)
+        if is_due:
             self._take_score()
             self.records.mlperf.eval_start(epoch)
             with self.train_step.averaged_statistics():
-                self.validation.start(epoch)
-        if epoch % self.config.training.checkpoint_every_epochs == 0 or epoch in self.evaluation_epochs or last:
-            self._save()
-        if last:
-            self._take_score()
+                is_scored = self.validation.start(epoch, agree)
+            if is_scored and epoch == self.config.training.epochs and self.validation.wait(agree):
+                self._take_score()
+        if self.stopped_by and not self._is_finished():
+            logger.info("stopped by signal %d in the evaluation, which --resume repeats", self.stopped_by)
+
+    def _agree(self, stop: StopRequest) -> Flags:
+        agreed = Flags(*self.world.agree(*self._flags(stop)))
+        self.stopped_by = self.stopped_by or agreed.stop_signal
+        return agreed
 
     def _take_score(self) -> None:
         """Wait for the score of the pending evaluation, if there is one, and record it."""
@@ -280,6 +275,9 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint. The score of an earlier step is waited for: a run resumed from here would lack it."""
         step = self.loop.step
+        if step == self.saved_step:
+            return
+        self.folder.check_claim()
         if self.validation.pending_epoch * self.loop.steps_per_epoch != step:
             self._take_score()
         own = _RankState(
@@ -291,62 +289,29 @@ class Run:
         ranks = self.world.gather(own)
         with self.train_step.averaged_statistics():
             if ranks:
-                self._write_checkpoint(step, ranks)
-
-    def _write_checkpoint(self, step: int, ranks: list[_RankState]) -> None:
-        digests = [rank.weights_digest for rank in ranks]
-        if len(set(digests)) > 1:
-            raise CheckpointError(f"step {step}: weights differ between ranks: {digests}")
-        if self.world.size > 1:
-            logger.info("step %d: weights of all %d ranks: %s", step, self.world.size, digests[0])
-        checkpoint = Checkpoint(
-            config=self.config,
-            categories=self.sets.train.categories,
-            **self.train_step.state_dict(),
-            statistics=[rank.statistics for rank in ranks],
-            loader=[rank.loader for rank in ranks],
-            losses=[rank.losses for rank in ranks],
-            **self.loop.state_dict(),
-        )
-        save_checkpoint(self.folder.checkpoint(step), checkpoint)
-        prune_checkpoints(self.folder.checkpoints, self.config.training.keep_checkpoints)
+                with self.world.doing(f"writes {self.folder.checkpoint(step)}"):
+                    _write_checkpoint(self, step, ranks)
+        self.saved_step = step
 
 
-def _open(folder: RunFolder, *, resume: bool) -> Saved | None:
-    """The state to resume from. Raises ValueError when a new run would overwrite another or has no place."""
-    checkpoint = newest_checkpoint(folder.checkpoints)
-    if not resume and (checkpoint or folder.metrics.exists()):
-        raise CheckpointError(
-            f"{folder.path}: holds a run already: expected another --output, or --resume to go on with it"
-        )
-    is_run = checkpoint is not None or is_dumped(folder.recipe)
-    check_folder(folder.path, "--output", folder.results(), lambda _: is_run)
-    remove_leftovers(folder.path)
-    remove_leftovers(folder.checkpoints)
-    folder.interrupted.unlink(missing_ok=True)
-    folder.new_detections.unlink(missing_ok=True)
-    if checkpoint is None:
-        return None
-    if checkpoint.scores:  # a run of an earlier version, which had no file of scores
-        return Saved(checkpoint, Scores(checkpoint.scores))
-    return Saved(checkpoint, read_scores(folder.scores, until_epoch=checkpoint.step // checkpoint.steps_per_epoch))
-
-
-def _check_config(saved: Checkpoint, config: Config, folder: RunFolder) -> None:
-    """Raise CheckpointError where a configuration does not fit a run."""
-    for key, old, new in _differences(saved.config, config):
-        if key in _MUST_STAY or (key.startswith("model.") and key not in _MAY_CHANGE):
-            raise CheckpointError(f"{folder.path}: its run has {key} = {old!r}: expected the same, not {new!r}")
-
-
-def _check_classes(saved: Checkpoint, train_set: CocoSet, folder: RunFolder) -> None:
-    """Raise CheckpointError where a training set has other classes, by name, than a run."""
-    old, new = ([item.name for item in categories] for categories in (saved.categories, train_set.categories))
-    if old != new:
-        raise CheckpointError(
-            f"{folder.path}: its run has other classes than {train_set.annotation_file}: {old}: expected the same, "
-            f"not {new}"
-        )
+def _write_checkpoint(run: Run, step: int, ranks: list[_RankState]) -> None:
+    """Write the file of a step from the states of all ranks, which must have the same weights."""
+    digests = [rank.weights_digest for rank in ranks]
+    if len(set(digests)) > 1:
+        raise CheckpointError(f"step {step}: weights differ between ranks: {digests}")
+    if run.world.size > 1:
+        logger.info("step %d: weights of all %d ranks: %s", step, run.world.size, digests[0])
+    checkpoint = Checkpoint(
+        config=run.config,
+        categories=run.sets.train.categories,
+        **run.train_step.state_dict(),
+        statistics=[rank.statistics for rank in ranks],
+        loader=[rank.loader for rank in ranks],
+        losses=[rank.losses for rank in ranks],
+        **run.loop.state_dict(),
+    )
+    save_checkpoint(run.folder.checkpoint(step), checkpoint)
+    prune_checkpoints(run.folder.checkpoints, run.config.training.keep_checkpoints)
 
 
 def _initial_model(config: Config, sets: TrainAndVal, world: World, *, fresh: bool) -> SSD:
@@ -385,14 +350,3 @@ def _has_reached_target(config: Config, scores: Scores) -> bool:
 
 def _outcome(config: Config, scores: Scores, stopped_by: int, world: World) -> Outcome:
     return Outcome(stopped_by, scores.best_map, _has_reached_target(config, scores), world.is_main)
-
-
-def _differences(old: Config, new: Config) -> list[tuple[str, object, object]]:
-    """Keys (section.key) in which two configurations differ, with both values."""
-    before, after = old.model_dump(), new.model_dump()
-    return [
-        (f"{section}.{key}", value, after[section][key])
-        for section, keys in before.items()
-        for key, value in keys.items()
-        if value != after[section][key]
-    ]

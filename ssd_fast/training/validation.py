@@ -1,9 +1,11 @@
 """Evaluations during training: the model detects, then another process scores while training continues."""
 
+import itertools
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
+from dali_pipelines.batch import EvalBatch
 from dali_pipelines.evaluate import EvalLoader
 from ssd_fast.background import BackgroundCall
 from ssd_fast.checkpoints.checkpoint import copy_checkpoint
@@ -14,7 +16,10 @@ from ssd_fast.evaluation.detector import Detector
 from ssd_fast.evaluation.scoring import ScoringRequest, score_and_write
 from ssd_fast.progress import track
 from ssd_fast.training.folder import RunFolder
+from ssd_fast.training.loop import Flags
 from ssd_fast.training.scores import Scores
+
+_POLL_S = 0.05
 
 
 class Scored(NamedTuple):
@@ -64,12 +69,19 @@ class Validation:
         """Return true if an evaluation follows this epoch and has not been made."""
         return epoch in self._epochs and epoch not in (*self.scores.by_epoch, self.pending_epoch)
 
-    def start(self, epoch: int) -> None:
-        """Detect on all validation images of this rank, then let another process score those of all ranks."""
+    def start(self, epoch: int, agree: Callable[[], Flags]) -> bool:
+        """Detect on all validation images of this rank, then let another process score those of all ranks.
+
+        agree: asks all ranks for their flags; called after each batch. Where one of them asks the run to stop, the
+        evaluation is given up and False is returned.
+        """
         assert not self.pending_epoch, "take the score of the evaluation before"
         self._start_s = time.perf_counter()
         batches = track(self._loader, "evaluating", len(self._loader))
-        table = self._detector.detect_set(batches, self._val_set, self._world)
+        try:
+            table = self._detector.detect_set(self._until_stopped(batches, agree), self._val_set, self._world)
+        except _Stopped:
+            return False
         self.pending_epoch = epoch
         if self._world.is_main:
             self._scoring = BackgroundCall(
@@ -83,10 +95,30 @@ class Validation:
                     results_file=self._folder.new_detections,
                 ),
             )
+        return True
+
+    def _until_stopped(self, batches: Iterator[EvalBatch], agree: Callable[[], Flags]) -> Iterator[EvalBatch]:
+        """The batches of this rank. All ranks ask equally often, also those with a batch less."""
+        for _ in range(self._loader.most_batches):
+            yield from itertools.islice(batches, 1)
+            if agree().stop_signal:
+                raise _Stopped
 
     def scored_epoch(self) -> int:
         """The pending epoch if its score is there, else 0; only rank 0 knows."""
         return self.pending_epoch if self._scoring is not None and self._scoring.is_done() else 0
+
+    def wait(self, agree: Callable[[], Flags]) -> bool:
+        """Wait for the score of the pending epoch; return False where a rank asks the run to stop before."""
+        deadline = time.perf_counter() + self._timeout_s
+        while time.perf_counter() < deadline:
+            flags = agree()
+            if flags.scored_epoch == self.pending_epoch:
+                return True
+            if flags.stop_signal:
+                return False
+            time.sleep(_POLL_S)
+        return True  # take() says that it took too long
 
     def take(self) -> Scored:
         """Wait for the score of the pending epoch, on all ranks."""
@@ -111,3 +143,7 @@ class Validation:
     def close(self) -> None:
         """End the loader's threads and free its buffers."""
         self._loader.close()
+
+
+class _Stopped(Exception):
+    """An evaluation was given up."""

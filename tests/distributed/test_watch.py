@@ -86,17 +86,26 @@ def given_up(
         Watch(launch, 10).give_up()
 
 
-def sign(beats: int, state: str) -> Sign:
-    return Sign(beats, "a, process 1", state)
+def sign(beats: int, state: str, *, kills: int = 0, activity: str = "", host: str = "a") -> Sign:
+    return Sign(beats, host, 1, kills, activity, state)
 
 
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (None, "rank 1 has not started"),
+        (None, "rank 1: not started"),
         (sign(2, "ended"), "rank 1 (a, process 1) ended"),
         (sign(1, "waits"), "rank 1 (a, process 1) gives no sign of life: killed, stopped or cut off"),
         (sign(2, "works"), "rank 1 (a, process 1) lives, but hangs: it has not come to where the others wait"),
+        (
+            sign(1, "waits", kills=1),
+            "rank 1 (a, process 1) gives no sign of life: killed, stopped or cut off; "
+            "the kernel of a has killed 1 process for lack of memory meanwhile",
+        ),
+        (
+            sign(2, "works", activity="writes x.pt"),
+            "rank 1 (a, process 1) lives, but still writes x.pt: it has not come to where the others wait",
+        ),
         (sign(2, "waits"), "all ranks wait for each other: the network between them may be the reason"),
         (sign(2, "gave up"), "all ranks wait for each other: the network between them may be the reason"),
     ],
@@ -106,6 +115,26 @@ def test_the_first_rank_to_give_up_says_why(
 ) -> None:
     given_up(monkeypatch, 0, [sign(1, "waits"), sign(1, "waits")], [sign(2, "gave up"), last])
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_lost_node_is_named_once_with_its_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = [sign(1, "waits", host="b")] * 3
+    given_up(monkeypatch, 0, [sign(1, "waits"), *lost], [sign(2, "gave up"), *lost])
+    fate = "gives no sign of life: killed, stopped or cut off"
+    assert capsys.readouterr().err == f"error: ranks 1, 2, 3 (b), each: {fate}\n"
+
+
+def test_a_rank_that_cannot_reach_the_launcher_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os._exit", lambda status: (_ for _ in ()).throw(Exit(status)))
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    launch = Launch(1, 2, 1, 2, host="a", rendezvous="http://127.0.0.1:9", has_thread_count=True)
+    with pytest.raises(Exit, match="1"):
+        Watch(launch, 1).give_up()
+    assert capsys.readouterr().err.startswith("error: a: the launcher at http://127.0.0.1:9 does not answer: ")
 
 
 def test_a_rank_is_silent_where_a_lower_one_gave_up(
