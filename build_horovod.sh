@@ -3,6 +3,7 @@
 set -euo pipefail
 
 VERSION=0.28.1
+CHANGES=2 # counts the changes that build() makes to the source; part of the cached wheel's folder
 SHA256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 CMAKE_VERSION=3.31.6
 REQUIREMENTS=(cffi cloudpickle packaging psutil pyyaml) # Horovod's own, which its setup.py needs, too
@@ -50,6 +51,11 @@ build() {
     local source=$work/horovod-$VERSION
     sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' \
         "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
+    # HOROVOD_GLOO_IFACE: Horovod forgets the interface where it connects the ranks for their collectives, and takes the
+    # one of the host's name.
+    sed -i '/::InitializeForProcessSet/,/CreateDevice/s/= gloo_iface_;/= global_context.gloo_iface_;/' \
+        "$source/horovod/common/gloo/gloo_context.cc"
+    grep -q 'iface = global_context.gloo_iface_;' "$source/horovod/common/gloo/gloo_context.cc"
     sed -i -e '/^project(/a set(CMAKE_SKIP_RPATH ON)' -e 's/"-O2" "-O3"/"-O2 -g" "-O3"/' "$source/CMakeLists.txt"
     sed -i 's/add_library(compatible_horovod_cuda_kernels/& EXCLUDE_FROM_ALL/' \
         "$source/horovod/common/ops/cuda/CMakeLists.txt"
@@ -107,7 +113,7 @@ variant=cpu
 if [[ -n $toolkit ]]; then
     variant=nccl$(sed -nE 's/^#define NCCL_(MAJOR|MINOR|PATCH) +([0-9]+).*/\2/p' "$nccl/include/nccl.h" | paste -sd .)
 fi
-wheels=${SSD_FAST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ssd_fast}/horovod-$VERSION-$tag-torch$torch-$variant
+wheels=${SSD_FAST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ssd_fast}/horovod-$VERSION-$CHANGES-$tag-torch$torch-$variant
 "${pip[@]}" install --quiet --constraint "$here/requirements.lock" "${REQUIREMENTS[@]}"
 compgen -G "$wheels/*.whl" >/dev/null || build
 "${pip[@]}" install --quiet --no-deps --force-reinstall "$wheels"/*.whl

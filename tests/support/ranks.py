@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import network
 import pytest
 from repository import REPOSITORY
 
@@ -27,6 +28,15 @@ needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="Horovod is not installed (make horovod)"
 )
 WORKER = str(REPOSITORY / "tests" / "support" / "distributed_worker.py")
+SERVER = """
+import sys, time
+from horovod.runner.http.http_server import RendezvousServer
+server = RendezvousServer()
+print(server.start(), flush=True)
+server.init([])
+time.sleep(1e9)
+"""
+_NAMESPACE = "TEST_NETWORK_NAMESPACE"
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["horovod.torch", "ssd_fast.training.run", "ssd_fast.evaluation.evaluate"])
 _LONGEST_S = 300
@@ -51,16 +61,25 @@ class Rank:
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         """folder: an empty one for what the rank prints."""
         self._streams = folder / "stdout", folder / "stderr"
+        for stream in self._streams:
+            stream.touch()
         self.process = _FORKS.Process(target=_run, args=(list(arguments), dict(environment), self._streams))
         self.process.start()
 
-    def end(self) -> Ended:
+    def end(self, longest_s: float = _LONGEST_S) -> Ended:
         """Wait for the end of the process, and return it."""
-        self.process.join(_LONGEST_S)
+        self.process.join(longest_s)
         status = self.process.exitcode
-        assert status is not None, f"a rank has not ended within {_LONGEST_S} s"
-        output, errors = (stream.read_text() for stream in self._streams)
-        return Ended(status, output, errors, time.time())
+        assert status is not None, f"a rank has not ended within {longest_s} s"
+        return Ended(status, self.output(), self.errors(), time.time())
+
+    def output(self) -> str:
+        """Return what it has printed so far."""
+        return self._streams[0].read_text()
+
+    def errors(self) -> str:
+        """Return what it has printed so far to stderr."""
+        return self._streams[1].read_text()
 
 
 def _run(arguments: list[str], environment: dict[str, str], streams: tuple[Path, Path]) -> None:
@@ -69,6 +88,8 @@ def _run(arguments: list[str], environment: dict[str, str], streams: tuple[Path,
     os.environ.update(environment)
     for descriptor, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    if namespace := os.environ.pop(_NAMESPACE, None):
+        network.enter(namespace)
     kind, *rest = arguments
     try:
         match kind:
@@ -94,6 +115,19 @@ class Job:
     def end_of(self, ranks: Sequence[int] | None = None) -> list[Ended]:
         """Wait for some ranks, or for all, and return how they ended."""
         return [rank.end() for rank in (self._ranks if ranks is None else [self._ranks[number] for number in ranks])]
+
+
+def node_environment(rank: int, per_node: int, nodes: Sequence[network.Node], port: int) -> dict[str, str]:
+    """Variables of a task of run.slurm's step on nodes with as many ranks each; the first node has the rendezvous."""
+    node, local = divmod(rank, per_node)
+    variables = {"PROCID": rank, "NTASKS": per_node * len(nodes), "LOCALID": local, "NODEID": node}
+    return {
+        **{f"SLURM_{name}": str(value) for name, value in (variables | {"NNODES": len(nodes)}).items()},
+        "SLURMD_NODENAME": f"node{node}",
+        "SSD_FAST_RENDEZVOUS": f"{nodes[0].address}:{port}",
+        "HOROVOD_GLOO_IFACE": network.INTERFACE,
+        _NAMESPACE: nodes[node].name,
+    }
 
 
 def slurm_environment(rank: int, size: int, port: int) -> dict[str, str]:

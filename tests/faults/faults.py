@@ -1,0 +1,213 @@
+"""The faults that a cluster is known for: how each is caused, and what the user must then see."""
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from network import Weather
+from soaked_job import SoakedJob
+
+Pattern = re.Pattern[str] | None
+
+_LOST = r"rank[s ][\d, ]*\b{rank}\b.*(gives no sign of life|not started|ended with)"
+_CUT = r"(gives no sign of life|not started|does not answer|the network between them)"
+_SOME_S = 3.0  # of a disturbance that passes: less than the timeout
+
+
+class Fault(NamedTuple):
+    """A kind of fault.
+
+    cause: a context that begins when it has been caused and ends with its repair; it gives what a message must say.
+    ends: True where the run must end, False where it must go on, None where it may do either.
+    loses: the newest checkpoint may be lost.
+    """
+
+    name: str
+    cause: Callable[[SoakedJob], AbstractContextManager[Pattern]]
+    ends: bool | None = True
+    loses: bool = False
+
+
+def _kill(job: SoakedJob) -> Iterator[Pattern]:
+    rank = job.random_rank()
+    job.signal(rank, signal.SIGKILL)
+    yield re.compile(_LOST.format(rank=rank))
+
+
+def _stop(job: SoakedJob) -> Iterator[Pattern]:
+    rank = job.random_rank()
+    job.signal(rank, signal.SIGSTOP)
+    job.dismiss(rank)
+    yield re.compile(_LOST.format(rank=rank))
+    job.signal(rank, signal.SIGKILL)
+    job.ranks[rank].process.join()
+
+
+def _kill_node(job: SoakedJob) -> Iterator[Pattern]:
+    node, ranks = job.random_node()
+    job.network.set(node, Weather(is_cut=True))
+    if 0 in ranks:
+        job.server.process.kill()
+    for rank in ranks:
+        job.signal(rank, signal.SIGKILL)
+    yield re.compile(_CUT)
+    job.network.set(node, Weather())
+
+
+def _terminate_all(job: SoakedJob) -> Iterator[Pattern]:
+    for rank in range(len(job.ranks)):
+        job.signal(rank, signal.SIGTERM)
+    yield None
+
+
+def _terminate_one(job: SoakedJob) -> Iterator[Pattern]:
+    job.signal(job.random_rank(), signal.SIGTERM)
+    yield None
+
+
+def _kill_all(job: SoakedJob) -> Iterator[Pattern]:
+    for rank in range(len(job.ranks)):
+        job.signal(rank, signal.SIGKILL)
+    yield None
+
+
+def _cut(job: SoakedJob) -> Iterator[Pattern]:
+    node, _ = job.random_node()
+    job.network.set(node, Weather(is_cut=True))
+    yield re.compile(_CUT)
+    job.network.set(node, Weather())
+
+
+def _for_some_time(weather: Weather) -> Callable[[SoakedJob], Iterator[Pattern]]:
+    def cause(job: SoakedJob) -> Iterator[Pattern]:
+        node, _ = job.random_node()
+        job.network.set(node, weather)
+        job.wait(_SOME_S)
+        job.network.set(node, Weather())
+        yield None
+
+    return cause
+
+
+def _slow(job: SoakedJob) -> Iterator[Pattern]:
+    rank = job.random_rank()
+    until = time.monotonic() + _SOME_S
+    while time.monotonic() < until and not job.is_over():
+        for number, seconds in ((signal.SIGSTOP, 0.1), (signal.SIGCONT, 0.05)):
+            job.signal(rank, number)
+            time.sleep(seconds)
+    yield None
+
+
+def _full(job: SoakedJob) -> Iterator[Pattern]:
+    with suppress(OSError):
+        job.disk.fill()
+    yield re.compile("No space left on device")
+    (job.disk.folder / "ballast").unlink()
+
+
+def _read_only(job: SoakedJob) -> Iterator[Pattern]:
+    job.disk.fail()
+    yield re.compile("Read-only file system|Input/output error")
+    job.kill()
+    job.disk.repair()
+
+
+def _replaced(job: SoakedJob) -> Iterator[Pattern]:
+    if not job.output.exists():
+        yield None
+        return
+    away = job.output.with_name("away")
+    job.output.rename(away)
+    (job.output / "checkpoints").mkdir(parents=True)
+    yield re.compile("removed or replaced while it was in use|No such file or directory|none of its checkpoints")
+    shutil.rmtree(job.output)
+    away.rename(job.output)
+
+
+def _flip(job: SoakedJob) -> Iterator[Pattern]:
+    """A bit of the newest checkpoint, behind the back of the run; it is found when the run resumes."""
+    newest = sorted((job.output / "checkpoints").glob("step_*.pt"))[-1:]
+    for rank in range(len(job.ranks)):
+        job.signal(rank, signal.SIGKILL)
+    yield None
+    newest = sorted((job.output / "checkpoints").glob("step_*.pt"))
+    if len(newest) < 2:  # the only one must stay
+        return
+    content = bytearray(newest[-1].read_bytes())
+    place = job.random.randrange(len(content))
+    content[place] ^= 1 << job.random.randrange(8)
+    newest[-1].write_bytes(content)
+
+
+def _second(job: SoakedJob) -> Iterator[Pattern]:
+    """A second job that is told to use the folder."""
+    if not (job.output / "config.toml").exists():
+        yield None
+        return
+    another = job.start_another()
+    ended = another.end(60)
+    if not job.is_over():
+        assert ended.status == 1, ended
+        assert "in use by" in ended.errors, ended
+    yield None
+
+
+def _memory(job: SoakedJob) -> Iterator[Pattern]:
+    rank = job.random_rank()
+    with suppress(OSError):
+        job.limit_memory(rank)
+    yield re.compile(r"memory|rank \d|alloc", re.IGNORECASE)
+
+
+def _image(job: SoakedJob) -> Iterator[Pattern]:
+    images = sorted((job.data / "train2017").iterdir())
+    image: Path = job.random.choice(images)
+    kept = image.with_name("kept")
+    image.rename(kept)
+    image.write_bytes(kept.read_bytes()[:-200][: kept.stat().st_size // 2])
+    yield re.compile(re.escape(image.name))
+    kept.rename(image)
+
+
+def _unmounted_cache(job: SoakedJob) -> Iterator[Pattern]:
+    """The pages of all files leave memory: the next reading comes from the disk."""
+    subprocess.run(["sync"], check=True)
+    with suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    yield None
+
+
+def _fault(
+    name: str, cause: Callable[[SoakedJob], Iterator[Pattern]], *, ends: bool | None = True, loses: bool = False
+) -> Fault:
+    return Fault(name, contextmanager(cause), ends, loses)
+
+
+FAULTS = (
+    _fault("a rank is killed", _kill),
+    _fault("a rank is stopped", _stop),
+    _fault("all ranks are killed", _kill_all),
+    _fault("a node dies", _kill_node),
+    _fault("all ranks are asked to stop", _terminate_all),
+    _fault("one rank is asked to stop", _terminate_one),
+    _fault("a link is cut", _cut),
+    _fault("a link is cut for 3 s", _for_some_time(Weather(is_cut=True)), ends=False),
+    _fault("200 ms of delay for 3 s", _for_some_time(Weather(delay_s=0.1)), ends=False),
+    _fault("5% of packets lost for 3 s", _for_some_time(Weather(loss=0.05)), ends=False),
+    _fault("a rank at a third of its speed", _slow, ends=False),
+    _fault("the disk is full", _full),
+    _fault("the disk goes read-only", _read_only),
+    _fault("the folder is replaced", _replaced),
+    _fault("a bit of a checkpoint flips", _flip, loses=True),
+    _fault("a second job in the folder", _second, ends=False),
+    _fault("a rank gets no more memory", _memory, ends=None),
+    _fault("an image becomes unreadable", _image, ends=None),
+    _fault("file caches are emptied", _unmounted_cache, ends=False),
+)

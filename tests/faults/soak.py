@@ -1,0 +1,169 @@
+"""Random faults against a small run, resumed until it is finished: it must end as the undisturbed run, bit by bit.
+
+`make soak MINUTES=30`. Two nodes in network namespaces, with two ranks each, train on a disk of their own. Needs root,
+/dev/net/tun and a loop device. It does not run in the tests.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from faults import FAULTS, Fault
+from network import Network
+from soaked_job import LIMIT_S, PHASES, Disk, SoakedJob
+from tiny import assert_same_end
+
+from ssd_fast.checkpoints.checkpoint import newest_checkpoint
+from ssd_fast.data.synthesize import synthesize
+from ssd_fast.tables import Row, Table, format_table
+
+RESULTS = Path("output/soak/faults.jsonl")
+
+
+class Event(NamedTuple):
+    """A fault, and what came of it."""
+
+    fault: str
+    phase: str
+    ended: bool
+    """False where the run went on."""
+    seconds: float
+    """From the fault to the end of the last rank, or to the end of the fault."""
+    message: str
+    wrong: str
+    """What was not as expected, or nothing."""
+
+
+class Soak:
+    """A run that is disturbed again and again."""
+
+    def __init__(self, network: Network, disk: Disk, data: Path, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.place = network, disk, data
+        self.undisturbed = disk.folder / "undisturbed"
+        start = time.monotonic()
+        with SoakedJob(*self.place, self.undisturbed, self.random) as job:
+            job.wait(600)
+            assert job.statuses() == [0] * len(job.ranks), job.errors()
+        self.usual_s = time.monotonic() - start
+        self.last_step = _newest_step(self.undisturbed)
+        print(f"undisturbed: {self.last_step} steps, {self.usual_s:.1f} s", flush=True)
+
+    def run_once(self, output: Path, until: float) -> list[Event]:
+        """Start a run, disturb and resume it until it is finished, and compare its end."""
+        events: list[Event] = []
+        while True:
+            with SoakedJob(*self.place, output, self.random) as job:
+                while job.wait(self.random.uniform(0.0, 1.2 * self.usual_s)) and time.monotonic() < until:
+                    events.append(self.disturb(job))
+                    print(f"{len(events):4}  {_line(events[-1])}", flush=True)
+                job.wait(LIMIT_S)
+                statuses, errors = job.statuses(), job.errors()
+            if statuses == [0] * len(statuses) and not (output / "interrupted").exists():
+                break
+            if time.monotonic() < until or (events and not events[-1].wrong):
+                continue
+            print(errors, flush=True)
+            break
+        try:
+            assert_same_end(output, self.undisturbed, self.last_step)
+        except AssertionError as error:
+            events[-1:] = [events[-1]._replace(wrong=f"the end differs: {str(error)[:300]}")]
+            print(events[-1].wrong, flush=True)
+        else:
+            shutil.rmtree(output)
+        return events
+
+    def disturb(self, job: SoakedJob) -> Event:
+        """Cause a fault, and see what comes of it."""
+        fault: Fault = self.random.choice(FAULTS)
+        phase, before = job.phase(), _newest_step(job.output)
+        start = time.monotonic()
+        with fault.cause(job) as expected:
+            ends = job.wait_for_end(LIMIT_S) if fault.ends is not False else True
+        seconds = (job.last_end or time.monotonic()) - start
+        ended = job.is_over() and any(job.statuses())
+        text = job.errors()
+        wrong = ""
+        if not ends:
+            wrong = f"not ended within {LIMIT_S} s"
+            job.kill()
+        elif fault.ends and not ended and not job.is_finished():
+            wrong = "the run went on"
+        elif fault.ends is False and ended:
+            wrong = "the run ended"
+        elif ended and expected and not expected.search(text):
+            wrong = f"no message like {expected.pattern!r}: {text[-800:]}"
+        elif _newest_step(job.output) < before and not fault.loses:
+            wrong = f"step {before} was saved and is lost"
+        message = next((match[0] for match in [expected.search(text)] if match), "") if expected else ""
+        return Event(fault.name, phase, ended, seconds, message, wrong)
+
+
+def _newest_step(run: Path) -> int:
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    return checkpoint.step if checkpoint else 0
+
+
+def _line(event: Event) -> str:
+    end = "ended" if event.ended else "went on"
+    return f"{event.fault:32} {event.phase:11} {end:8} {event.seconds:6.1f} s  {event.wrong or event.message}"
+
+
+def table(events: Sequence[dict[str, Any]]) -> str:
+    """What came of each kind of fault."""
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        kinds[event["fault"]].append(event)
+        kinds["all"].append(event)
+    rows = []
+    for name, group in sorted(kinds.items(), key=lambda item: (item[0] == "all", item[0])):
+        seconds = [event["seconds"] for event in group]
+        counts = [len(group), *[sum(event["phase"] == phase for event in group) for phase in PHASES]]
+        counts += [sum(event["ended"] for event in group), sum(bool(event["wrong"]) for event in group)]
+        rows.append(Row((name, *map(str, counts), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}")))
+    columns = ("fault", "times", *(f"in {phase}" for phase in PHASES), "ended", "unexpected", "median s", "longest s")
+    return format_table(Table("", columns, rows))
+
+
+def main() -> None:
+    """Soak for the given minutes, and print a table of all faults on record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that faults are added to")
+    options = parser.parse_args()
+    until = time.monotonic() + 60 * options.minutes
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    print(f"seed {options.seed}", flush=True)
+    wrong = runs = 0
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        network = stack.enter_context(Network(2))
+        disk = stack.enter_context(Disk(Path(folder)))
+        data = Path(folder, "data")
+        synthesize(data, num_images=80, seed=0)
+        soak = Soak(network, disk, data, options.seed)
+        while time.monotonic() < until:
+            events = soak.run_once(disk.folder / f"run{runs}", until)
+            runs += 1
+            with options.results.open("a") as file:
+                file.writelines(json.dumps(event._asdict()) + "\n" for event in events)
+            wrong += sum(bool(event.wrong) for event in events)
+            print(f"run {runs}: {len(events)} faults", flush=True)
+    print(table([json.loads(line) for line in options.results.read_text().splitlines()]))
+    print(f"{runs} runs; unexpected: {wrong}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

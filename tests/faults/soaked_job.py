@@ -1,0 +1,205 @@
+"""A small training job on two pretended nodes, and the disk that it writes to: what faults are caused to."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from network import Network, Node
+from ranks import SERVER, Rank, node_environment
+from repository import REPOSITORY
+from tiny import TINY
+
+PER_NODE = 2
+PHASES = ("start", "training", "evaluation", "saving")
+TIMEOUT_S = 10
+LIMIT_S = 3 * TIMEOUT_S + 15  # from a fault to the end of all ranks; they share two cores
+_RECIPE = (
+    *TINY,
+    "training.epochs=3",
+    "training.batch_size=4",
+    "training.keep_checkpoints=2",
+    "training.checkpoint_every_steps=2",
+    "training.log_every_steps=2",
+    "evaluation.epochs=[1, 2]",
+    "evaluation.batch_size=1",
+    f"distributed.timeout_s={TIMEOUT_S}",
+)
+
+
+class Disk:
+    """A file system of its own, on a loop device, while the context lasts; it can fill, fail and be repaired."""
+
+    def __init__(self, place: Path) -> None:
+        self.folder = place / "disk"
+        self._image = place / "disk.img"
+
+    def __enter__(self) -> Self:
+        _run("truncate", "--size=600M", self._image)
+        _run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0", self._image)
+        self.folder.mkdir()
+        self._device = _run("losetup", "--find", "--show", self._image).strip()
+        _run("mount", "-o", "errors=remount-ro", self._device, self.folder)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _run("umount", "--lazy", self.folder)
+        _run("losetup", "--detach", self._device)
+
+    def fill(self) -> Path:
+        """Use up all space with a file, and return it."""
+        ballast = self.folder / "ballast"
+        with ballast.open("wb") as file:
+            free = os.statvfs(self.folder).f_bavail * os.statvfs(self.folder).f_frsize
+            os.posix_fallocate(file.fileno(), 0, free)
+        return ballast
+
+    def fail(self) -> None:
+        """Refuse all writing from now on, as a disk does that is about to die."""
+        _run("blockdev", "--setro", self._device)
+
+    def repair(self) -> None:
+        """Mount the disk again, after a check, once no process uses it."""
+        _run("blockdev", "--setrw", self._device)
+        _run("umount", self.folder)
+        subprocess.run(["e2fsck", "-p", self._device], check=False, capture_output=True)
+        _run("mount", "-o", "errors=remount-ro", self._device, self.folder)
+
+
+class SoakedJob:
+    """The ranks of a start of the run, and their rendezvous server, while the context lasts."""
+
+    def __init__(self, network: Network, disk: Disk, data: Path, output: Path, chance: random.Random) -> None:
+        self.network = network
+        self.disk = disk
+        self.data = data
+        self.output = output
+        self.random = chance
+        self.ranks: list[Rank] = []
+        self.last_end: float | None = None
+        self._dismissed: set[int] = set()
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory()
+        self.server = self._start("server", ["-c", SERVER], node_environment(0, PER_NODE, self.network.nodes, 0))
+        while not self.server.output().endswith("\n"):
+            time.sleep(0.02)
+        port = int(self.server.output())
+        for rank in range(PER_NODE * len(self.network.nodes)):
+            environment = os.environ | node_environment(rank, PER_NODE, self.network.nodes, port)
+            self.ranks.append(self._start(str(rank), self.arguments(), environment))
+        self._log_from = self._log_size()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for rank in (*self.ranks, self.server):
+            rank.process.kill()
+            rank.process.join()
+        self._folder.cleanup()
+
+    def arguments(self) -> list[str]:
+        """Of Python, for a rank."""
+        places = ["--data", str(self.data), "--output", str(self.output), "--resume"]
+        sets = [part for override in _RECIPE for part in ("--set", override)]
+        return ["-m", "ssd_fast", "train", "--config", str(REPOSITORY / "configs" / "demo.toml"), *places, *sets]
+
+    def start_another(self) -> Rank:
+        """Start one more process, which trains alone into the same folder."""
+        return self._start("another", self.arguments(), dict(os.environ))
+
+    def _start(self, name: str, arguments: list[str], environment: dict[str, str]) -> Rank:
+        place = Path(self._folder.name, name)
+        place.mkdir()
+        return Rank(arguments, {**os.environ, **environment}, place)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, or until all ranks have ended; return whether one still runs."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.is_over():
+            time.sleep(0.02)
+        return not self.is_over()
+
+    def wait_for_end(self, seconds: float) -> bool:
+        """Wait for the end of all ranks; return whether it came in time."""
+        self.wait(seconds)
+        self.last_end = time.monotonic()
+        return self.is_over()
+
+    def is_over(self) -> bool:
+        return all(rank.process.exitcode is not None for rank in self._awaited())
+
+    def is_finished(self) -> bool:
+        """Whether the run is at its end, so that a fault came too late."""
+        return (self.output / "detections.png").exists() or not any(self.statuses())
+
+    def dismiss(self, rank: int) -> None:
+        """Do not wait for a rank, which cannot end by itself."""
+        self._dismissed.add(rank)
+
+    def _awaited(self) -> list[Rank]:
+        return [rank for number, rank in enumerate(self.ranks) if number not in self._dismissed]
+
+    def statuses(self) -> list[int | None]:
+        return [rank.process.exitcode for rank in self.ranks]
+
+    def errors(self) -> str:
+        """Return what the ranks have printed to stderr."""
+        return "\n".join(rank.errors() for rank in self.ranks)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.process.kill()
+            rank.process.join()
+
+    def random_rank(self) -> int:
+        return self.random.randrange(len(self.ranks))
+
+    def random_node(self) -> tuple[Node, list[int]]:
+        """A node, and its ranks."""
+        number = self.random.randrange(len(self.network.nodes))
+        return self.network.nodes[number], list(range(number * PER_NODE, (number + 1) * PER_NODE))
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        process = self.ranks[rank].process
+        if process.exitcode is None and process.pid is not None:
+            os.kill(process.pid, number)
+
+    def limit_memory(self, rank: int) -> None:
+        """Let a rank have no more memory than it has now."""
+        pid = self.ranks[rank].process.pid
+        assert pid is not None
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+
+    def phase(self) -> str:
+        """What the run is doing, as far as its files tell."""
+        folder = self.output / "checkpoints"
+        if folder.is_dir() and any(path.name.endswith(".unfinished") for path in folder.iterdir()):
+            return "saving"
+        logs = sorted(self.output.glob("mlperf*.log"), key=lambda path: path.stat().st_mtime_ns)
+        if self._log_size() == self._log_from or not logs:
+            return "start"
+        events = [
+            json.loads(line.partition(" ")[2])["key"] for line in logs[-1].read_text().splitlines() if "{" in line
+        ]
+        if "run_start" not in events:
+            return "start"
+        last = next((key for key in reversed(events) if key in ("eval_start", "epoch_start", "eval_stop")), "")
+        return "evaluation" if last == "eval_start" else "training"
+
+    def _log_size(self) -> int:
+        log = self.output / "train.log"
+        return log.stat().st_size if log.exists() else 0
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
