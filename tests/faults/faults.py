@@ -162,8 +162,21 @@ def _second(job: SoakedJob) -> Iterator[Pattern]:
 def _memory(job: SoakedJob) -> Iterator[Pattern]:
     rank = job.random_rank()
     with suppress(OSError):
-        job.limit_memory(rank)
-    yield re.compile(r"memory|rank \d|alloc", re.IGNORECASE)
+        job.limit_addresses(rank)
+    yield re.compile(_LOST.format(rank=rank))
+
+
+def _memory_kill(job: SoakedJob) -> Iterator[Pattern]:
+    rank = job.random_rank()
+    with suppress(OSError):  # it has ended
+        job.limit_memory(rank, 4 * 2**20)
+    yield re.compile(_LOST.format(rank=rank) + r".*for lack of memory")
+
+
+def _slow_disk(job: SoakedJob) -> Iterator[Pattern]:
+    with suppress(OSError):
+        job.disk.slow(job.ranks[0], 20_000_000)
+    yield None
 
 
 def _image(job: SoakedJob) -> Iterator[Pattern]:
@@ -208,6 +221,8 @@ FAULTS = (
     _fault("a bit of a checkpoint flips", _flip, loses=True),
     _fault("a second job in the folder", _second, ends=False),
     _fault("a rank gets no more memory", _memory, ends=None),
+    _fault("the kernel kills a rank for memory", _memory_kill),
+    _fault("the disk writes 20 MB/s", _slow_disk, ends=False),
     _fault("an image becomes unreadable", _image, ends=None),
     _fault("file caches are emptied", _unmounted_cache, ends=False),
 )

@@ -51,6 +51,8 @@ class Soak:
         self.random = random.Random(seed)
         self.place = network, disk, data
         self.undisturbed = disk.folder / "undisturbed"
+        with SoakedJob(*self.place, disk.folder / "warm-up", self.random) as job:
+            job.wait(600)  # the server of forks imports what ranks need
         start = time.monotonic()
         with SoakedJob(*self.place, self.undisturbed, self.random) as job:
             job.wait(600)
@@ -64,9 +66,10 @@ class Soak:
         events: list[Event] = []
         while True:
             with SoakedJob(*self.place, output, self.random) as job:
-                while job.wait(self.random.uniform(0.0, 1.2 * self.usual_s)) and time.monotonic() < until:
-                    events.append(self.disturb(job))
-                    print(f"{len(events):4}  {_line(events[-1])}", flush=True)
+                while job.wait_at_random(self.usual_s) and time.monotonic() < until:
+                    if event := self.disturb(job):
+                        events.append(event)
+                        print(f"{len(events):4}  {_line(event)}", flush=True)
                 job.wait(LIMIT_S)
                 statuses, errors = job.statuses(), job.errors()
             if statuses == [0] * len(statuses) and not (output / "interrupted").exists():
@@ -84,8 +87,8 @@ class Soak:
             shutil.rmtree(output)
         return events
 
-    def disturb(self, job: SoakedJob) -> Event:
-        """Cause a fault, and see what comes of it."""
+    def disturb(self, job: SoakedJob) -> Event | None:
+        """Cause a fault, and see what comes of it; None where the run had ended before it mattered."""
         fault: Fault = self.random.choice(FAULTS)
         phase, before = job.phase(), _newest_step(job.output)
         start = time.monotonic()
@@ -94,11 +97,13 @@ class Soak:
         seconds = (job.last_end or time.monotonic()) - start
         ended = job.is_over() and any(job.statuses())
         text = job.errors()
+        if fault.ends and ends and 0 in job.statuses() and not (job.output / "interrupted").exists():
+            return None
         wrong = ""
         if not ends:
             wrong = f"not ended within {LIMIT_S} s"
             job.kill()
-        elif fault.ends and not ended and not job.is_finished():
+        elif fault.ends and not ended and not (job.output / "interrupted").exists():
             wrong = "the run went on"
         elif fault.ends is False and ended:
             wrong = "the run ended"

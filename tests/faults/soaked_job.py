@@ -18,17 +18,18 @@ from repository import REPOSITORY
 from tiny import TINY
 
 PER_NODE = 2
+_CGROUPS = Path("/sys/fs/cgroup")  # version 1
 PHASES = ("start", "training", "evaluation", "saving")
 TIMEOUT_S = 10
 LIMIT_S = 3 * TIMEOUT_S + 15  # from a fault to the end of all ranks; they share two cores
 _RECIPE = (
     *TINY,
-    "training.epochs=3",
+    "training.epochs=5",
     "training.batch_size=4",
     "training.keep_checkpoints=2",
     "training.checkpoint_every_steps=2",
     "training.log_every_steps=2",
-    "evaluation.epochs=[1, 2]",
+    "evaluation.epochs=[1, 2, 3, 4]",
     "evaluation.batch_size=1",
     f"distributed.timeout_s={TIMEOUT_S}",
 )
@@ -52,6 +53,15 @@ class Disk:
     def __exit__(self, *exc_info: object) -> None:
         _run("umount", "--lazy", self.folder)
         _run("losetup", "--detach", self._device)
+
+    def slow(self, rank: Rank, bytes_per_s: int) -> None:
+        """Let a rank write no faster than that from now on."""
+        group = _CGROUPS / "blkio" / f"ssd_fast_{os.getpid()}"
+        group.mkdir(exist_ok=True)
+        device = Path(self._device).stat().st_rdev
+        limit = f"{os.major(device)}:{os.minor(device)} {bytes_per_s}"
+        (group / "blkio.throttle.write_bps_device").write_text(limit)
+        (group / "cgroup.procs").write_text(str(rank.process.pid))
 
     def fill(self) -> Path:
         """Use up all space with a file, and return it."""
@@ -125,7 +135,16 @@ class SoakedJob:
         """Wait so long, or until all ranks have ended; return whether one still runs."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.is_over():
-            time.sleep(0.02)
+            time.sleep(0.003)
+        return not self.is_over()
+
+    def wait_at_random(self, usual_s: float) -> bool:
+        """Wait for some time, or for a phase that is short; return whether a rank still runs."""
+        if self.random.random() < 0.5:
+            return self.wait(self.random.uniform(0.0, usual_s / 2))
+        phase, deadline = self.random.choice(PHASES), time.monotonic() + usual_s / 2
+        while self.phase() != phase and time.monotonic() < deadline and self.wait(0.003):
+            pass
         return not self.is_over()
 
     def wait_for_end(self, seconds: float) -> bool:
@@ -136,10 +155,6 @@ class SoakedJob:
 
     def is_over(self) -> bool:
         return all(rank.process.exitcode is not None for rank in self._awaited())
-
-    def is_finished(self) -> bool:
-        """Whether the run is at its end, so that a fault came too late."""
-        return (self.output / "detections.png").exists() or not any(self.statuses())
 
     def dismiss(self, rank: int) -> None:
         """Do not wait for a rank, which cannot end by itself."""
@@ -173,8 +188,15 @@ class SoakedJob:
         if process.exitcode is None and process.pid is not None:
             os.kill(process.pid, number)
 
-    def limit_memory(self, rank: int) -> None:
-        """Let a rank have no more memory than it has now."""
+    def limit_memory(self, rank: int, bytes_more: int) -> None:
+        """Let the kernel kill a rank when it takes so much more memory than it has now."""
+        group = _CGROUPS / "memory" / f"ssd_fast_{os.getpid()}"
+        group.mkdir(exist_ok=True)
+        (group / "memory.limit_in_bytes").write_text(str(bytes_more))
+        (group / "cgroup.procs").write_text(str(self.ranks[rank].process.pid))
+
+    def limit_addresses(self, rank: int) -> None:
+        """Refuse a rank more memory than it has now."""
         pid = self.ranks[rank].process.pid
         assert pid is not None
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
