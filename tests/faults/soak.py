@@ -95,15 +95,16 @@ class Soak:
         with fault.cause(job) as expected:
             ends = job.wait_for_end(LIMIT_S) if fault.ends is not False else True
         seconds = (job.last_end or time.monotonic()) - start
-        ended = job.is_over() and any(job.statuses())
+        was_stopped = (job.output / "interrupted").exists()
+        ended = job.is_over() and (was_stopped or any(job.statuses()))
         text = job.errors()
-        if fault.ends and ends and 0 in job.statuses() and not (job.output / "interrupted").exists():
+        if fault.ends and ends and 0 in job.statuses() and not was_stopped:
             return None
         wrong = ""
         if not ends:
             wrong = f"not ended within {LIMIT_S} s"
             job.kill()
-        elif fault.ends and not ended and not (job.output / "interrupted").exists():
+        elif fault.ends and not ended:
             wrong = "the run went on"
         elif fault.ends is False and ended:
             wrong = "the run ended"

@@ -129,7 +129,7 @@ class _Switch:
                 _, _, target, packet = heapq.heappop(self._late)
                 self._send(target, packet)
             for source in ready:
-                if source is not sys.stdin:
+                if isinstance(source, int):
                     self._take(self._devices.index(source))
                 elif line := sys.stdin.readline():
                     number, weather = json.loads(line)
