@@ -196,11 +196,12 @@ def _describe(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> st
             fate = f"lives, but still {sign.activity}" if sign.activity else "lives, but hangs"
             late[sign.host, f"{fate}: it has not come to where the others wait"].append(rank)
     parts = [_name(ranks, host, after) + fate for (host, fate), ranks in (lost or late).items()]
+    nodes = {host for host, _ in lost}  # "" where it is not known
     killed = {sign.host: sign.memory_kills for sign in after if sign and sign.memory_kills}
     parts += [
         f"the kernel of {host} has killed {number} process{'es' if number > 1 else ''} for lack of memory meanwhile"
         for host, number in killed.items()
-        if host in {host for host, _ in lost}
+        if nodes & {host, ""}
     ]
     return "; ".join(parts) or "all ranks wait for each other: the network between them may be the reason"
 

@@ -170,7 +170,7 @@ def _memory_kill(job: SoakedJob) -> Iterator[Pattern]:
     rank = job.random_rank()
     with suppress(OSError):  # it has ended
         job.limit_memory(rank, 4 * 2**20)
-    yield re.compile(_LOST.format(rank=rank) + r".*for lack of memory")
+    yield re.compile(_LOST.format(rank=rank) + rf".*for lack of memory|rank {rank}: not started")
 
 
 def _slow_disk(job: SoakedJob) -> Iterator[Pattern]:
