@@ -113,8 +113,15 @@ def _full(job: SoakedJob) -> Iterator[Pattern]:
 
 
 def _read_only(job: SoakedJob) -> Iterator[Pattern]:
-    job.disk.fail()
-    yield re.compile("Read-only file system|Input/output error")
+    job.disk.go_read_only()
+    yield re.compile("Read-only file system|Input/output error|Structure needs cleaning")
+    job.kill()
+    job.disk.repair()
+
+
+def _dead_disk(job: SoakedJob) -> Iterator[Pattern]:
+    job.disk.die()
+    yield re.compile("Input/output error")
     job.kill()
     job.disk.repair()
 
@@ -169,8 +176,9 @@ def _memory(job: SoakedJob) -> Iterator[Pattern]:
 def _memory_kill(job: SoakedJob) -> Iterator[Pattern]:
     rank = job.random_rank()
     with suppress(OSError):  # it has ended
-        job.limit_memory(rank, 4 * 2**20)
-    yield re.compile(_LOST.format(rank=rank) + rf".*for lack of memory|rank {rank}: not started")
+        job.limit_memory(rank, 2**16)
+    # Ranks of the same node tell; none may be left, as Gloo aborts a rank that receives half a message.
+    yield re.compile(_LOST.format(rank=rank) + rf".*for lack of memory|rank {rank}: not started|ranks [\d, ]+ \(node")
 
 
 def _slow_disk(job: SoakedJob) -> Iterator[Pattern]:
@@ -217,6 +225,7 @@ FAULTS = (
     _fault("a rank at a third of its speed", _slow, ends=False),
     _fault("the disk is full", _full),
     _fault("the disk goes read-only", _read_only),
+    _fault("the disk dies", _dead_disk),
     _fault("the folder is replaced", _replaced),
     _fault("a bit of a checkpoint flips", _flip, loses=True),
     _fault("a second job in the folder", _second, ends=False),
@@ -226,3 +235,44 @@ FAULTS = (
     _fault("an image becomes unreadable", _image, ends=None),
     _fault("file caches are emptied", _unmounted_cache, ends=False),
 )
+
+
+class Event(NamedTuple):
+    """A fault, and what came of it."""
+
+    fault: str
+    phase: str
+    ended: bool
+    """False where the run went on."""
+    seconds: float
+    """From the fault to the end of the last rank, or to the end of the fault."""
+    message: str
+    wrong: str
+    """What was not as expected, or nothing."""
+
+
+def disturb(job: SoakedJob, fault: Fault) -> Event | None:
+    """Cause a fault, and see what comes of it; None where the run had ended before it mattered."""
+    phase, before = job.phase(), job.newest_step()
+    start = time.monotonic()
+    with fault.cause(job) as expected:
+        ends = job.wait_for_end(job.limit_s) if fault.ends is not False else True
+    seconds = (job.last_end or time.monotonic()) - start
+    ended = job.is_over() and (job.was_stopped() or any(job.statuses()))
+    text = job.errors()
+    if fault.ends and ends and 0 in job.statuses() and not job.was_stopped():
+        return None
+    wrong = ""
+    if not ends:
+        wrong = f"not ended within {job.limit_s:g} s"
+        job.kill()
+    elif fault.ends and not ended:
+        wrong = "the run went on"
+    elif fault.ends is False and ended:
+        wrong = "the run ended"
+    elif ended and expected and not expected.search(text):
+        wrong = f"no message like {expected.pattern!r}: {text[-800:]}"
+    elif job.newest_step() < before and not fault.loses:
+        wrong = f"step {before} was saved and is lost"
+    found = expected.search(text) if expected else None
+    return Event(fault.name, phase, ended, seconds, found[0] if found else "", wrong)

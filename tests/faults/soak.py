@@ -14,65 +14,47 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from faults import FAULTS, Fault
-from network import Network
-from soaked_job import LIMIT_S, PHASES, Disk, SoakedJob
+from faults import FAULTS, Event, disturb
+from soaked_job import PHASES, Site, SoakedJob, make_site
 from tiny import assert_same_end
 
-from ssd_fast.checkpoints.checkpoint import newest_checkpoint
-from ssd_fast.data.synthesize import synthesize
 from ssd_fast.tables import Row, Table, format_table
 
 RESULTS = Path("output/soak/faults.jsonl")
 
 
-class Event(NamedTuple):
-    """A fault, and what came of it."""
-
-    fault: str
-    phase: str
-    ended: bool
-    """False where the run went on."""
-    seconds: float
-    """From the fault to the end of the last rank, or to the end of the fault."""
-    message: str
-    wrong: str
-    """What was not as expected, or nothing."""
-
-
 class Soak:
     """A run that is disturbed again and again."""
 
-    def __init__(self, network: Network, disk: Disk, data: Path, seed: int) -> None:
+    def __init__(self, site: Site, seed: int) -> None:
         self.random = random.Random(seed)
-        self.place = network, disk, data
-        self.undisturbed = disk.folder / "undisturbed"
-        with SoakedJob(*self.place, disk.folder / "warm-up", self.random) as job:
+        self.site = site
+        self.undisturbed = site.disk.folder / "undisturbed"
+        with SoakedJob(site, site.disk.folder / "warm-up", self.random) as job:
             job.wait(600)  # the server of forks imports what ranks need
         start = time.monotonic()
-        with SoakedJob(*self.place, self.undisturbed, self.random) as job:
+        with SoakedJob(site, self.undisturbed, self.random) as job:
             job.wait(600)
             assert job.statuses() == [0] * len(job.ranks), job.errors()
         self.usual_s = time.monotonic() - start
-        self.last_step = _newest_step(self.undisturbed)
+        self.last_step = job.newest_step()
         print(f"undisturbed: {self.last_step} steps, {self.usual_s:.1f} s", flush=True)
 
     def run_once(self, output: Path, until: float) -> list[Event]:
         """Start a run, disturb and resume it until it is finished, and compare its end."""
         events: list[Event] = []
         while True:
-            with SoakedJob(*self.place, output, self.random) as job:
+            with SoakedJob(self.site, output, self.random) as job:
                 while job.wait_at_random(self.usual_s) and time.monotonic() < until:
-                    if event := self.disturb(job):
+                    if event := disturb(job, self.random.choice(FAULTS)):
                         events.append(event)
                         print(f"{len(events):4}  {_line(event)}", flush=True)
-                job.wait(LIMIT_S)
-                statuses, errors = job.statuses(), job.errors()
-            if statuses == [0] * len(statuses) and not (output / "interrupted").exists():
+                job.wait(job.limit_s)
+                statuses, errors, was_stopped = job.statuses(), job.errors(), job.was_stopped()
+            if not any(statuses) and not was_stopped:
                 break
             if time.monotonic() < until or (events and not events[-1].wrong):
                 continue
@@ -86,39 +68,6 @@ class Soak:
         else:
             shutil.rmtree(output)
         return events
-
-    def disturb(self, job: SoakedJob) -> Event | None:
-        """Cause a fault, and see what comes of it; None where the run had ended before it mattered."""
-        fault: Fault = self.random.choice(FAULTS)
-        phase, before = job.phase(), _newest_step(job.output)
-        start = time.monotonic()
-        with fault.cause(job) as expected:
-            ends = job.wait_for_end(LIMIT_S) if fault.ends is not False else True
-        seconds = (job.last_end or time.monotonic()) - start
-        was_stopped = (job.output / "interrupted").exists()
-        ended = job.is_over() and (was_stopped or any(job.statuses()))
-        text = job.errors()
-        if fault.ends and ends and 0 in job.statuses() and not was_stopped:
-            return None
-        wrong = ""
-        if not ends:
-            wrong = f"not ended within {LIMIT_S} s"
-            job.kill()
-        elif fault.ends and not ended:
-            wrong = "the run went on"
-        elif fault.ends is False and ended:
-            wrong = "the run ended"
-        elif ended and expected and not expected.search(text):
-            wrong = f"no message like {expected.pattern!r}: {text[-800:]}"
-        elif _newest_step(job.output) < before and not fault.loses:
-            wrong = f"step {before} was saved and is lost"
-        message = next((match[0] for match in [expected.search(text)] if match), "") if expected else ""
-        return Event(fault.name, phase, ended, seconds, message, wrong)
-
-
-def _newest_step(run: Path) -> int:
-    checkpoint = newest_checkpoint(run / "checkpoints")
-    return checkpoint.step if checkpoint else 0
 
 
 def _line(event: Event) -> str:
@@ -153,14 +102,10 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     print(f"seed {options.seed}", flush=True)
     wrong = runs = 0
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        network = stack.enter_context(Network(2))
-        disk = stack.enter_context(Disk(Path(folder)))
-        data = Path(folder, "data")
-        synthesize(data, num_images=80, seed=0)
-        soak = Soak(network, disk, data, options.seed)
+    with tempfile.TemporaryDirectory() as folder, make_site(Path(folder)) as site:
+        soak = Soak(site, options.seed)
         while time.monotonic() < until:
-            events = soak.run_once(disk.folder / f"run{runs}", until)
+            events = soak.run_once(site.disk.folder / f"run{runs}", until)
             runs += 1
             with options.results.open("a") as file:
                 file.writelines(json.dumps(event._asdict()) + "\n" for event in events)

@@ -1,27 +1,34 @@
 """A small training job on two pretended nodes, and the disk that it writes to: what faults are caused to."""
 
+import fcntl
 import json
 import os
 import random
 import resource
 import signal
+import struct
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from network import Network, Node
 from ranks import SERVER, Rank, node_environment
 from repository import REPOSITORY
 from tiny import TINY
 
+from ssd_fast.checkpoints.checkpoint import newest_checkpoint
+from ssd_fast.data.synthesize import synthesize
+
 PER_NODE = 2
 _CGROUPS = Path("/sys/fs/cgroup")  # version 1
+_GROUP = f"ssd_fast_{os.getpid()}"
+_SHUTDOWN, _WITHOUT_LOG = 0x8004587D, 2  # FS_IOC_SHUTDOWN of ext4
 PHASES = ("start", "training", "evaluation", "saving")
-TIMEOUT_S = 10
-LIMIT_S = 3 * TIMEOUT_S + 15  # from a fault to the end of all ranks; they share two cores
 _RECIPE = (
     *TINY,
     "training.epochs=5",
@@ -31,7 +38,6 @@ _RECIPE = (
     "training.log_every_steps=2",
     "evaluation.epochs=[1, 2, 3, 4]",
     "evaluation.batch_size=1",
-    f"distributed.timeout_s={TIMEOUT_S}",
 )
 
 
@@ -56,8 +62,7 @@ class Disk:
 
     def slow(self, rank: Rank, bytes_per_s: int) -> None:
         """Let a rank write no faster than that from now on."""
-        group = _CGROUPS / "blkio" / f"ssd_fast_{os.getpid()}"
-        group.mkdir(exist_ok=True)
+        group = _group("blkio")
         device = Path(self._device).stat().st_rdev
         limit = f"{os.major(device)}:{os.minor(device)} {bytes_per_s}"
         (group / "blkio.throttle.write_bps_device").write_text(limit)
@@ -71,26 +76,52 @@ class Disk:
             os.posix_fallocate(file.fileno(), 0, free)
         return ballast
 
-    def fail(self) -> None:
-        """Refuse all writing from now on, as a disk does that is about to die."""
-        _run("blockdev", "--setro", self._device)
+    def go_read_only(self) -> None:
+        """Let the kernel find an error of the file system, and refuse all writing from now on."""
+        Path("/sys/fs/ext4", Path(self._device).name, "trigger_fs_error").write_text("1")
+
+    def die(self) -> None:
+        """Fail each access from now on; what was not written durably is lost."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", _WITHOUT_LOG))
+        os.close(descriptor)
 
     def repair(self) -> None:
         """Mount the disk again, after a check, once no process uses it."""
-        _run("blockdev", "--setrw", self._device)
         _run("umount", self.folder)
         subprocess.run(["e2fsck", "-p", self._device], check=False, capture_output=True)
         _run("mount", "-o", "errors=remount-ro", self._device, self.folder)
 
 
+class Site(NamedTuple):
+    """What a job runs on."""
+
+    network: Network
+    disk: Disk
+    data: Path
+
+
+@contextmanager
+def make_site(folder: Path) -> Iterator[Site]:
+    """Two nodes, a disk and a small set of images. Raises OSError where this user or machine may not make them."""
+    with Network(2) as network, Disk(folder) as disk:
+        synthesize(folder / "data", num_images=80, seed=0)
+        try:
+            yield Site(network, disk, folder / "data")
+        finally:
+            for group in _CGROUPS.glob(f"*/{_GROUP}"):
+                group.rmdir()
+
+
 class SoakedJob:
     """The ranks of a start of the run, and their rendezvous server, while the context lasts."""
 
-    def __init__(self, network: Network, disk: Disk, data: Path, output: Path, chance: random.Random) -> None:
-        self.network = network
-        self.disk = disk
-        self.data = data
+    def __init__(self, site: Site, output: Path, chance: random.Random, timeout_s: int = 10) -> None:
+        """output: on the site's disk. timeout_s: of the recipe."""
+        self.network, self.disk, self.data = site
         self.output = output
+        self.limit_s = 3.0 * timeout_s + 15  # from a fault to the end of all ranks; they share two cores
+        self._recipe = (*_RECIPE, f"distributed.timeout_s={timeout_s}")
         self.random = chance
         self.ranks: list[Rank] = []
         self.last_end: float | None = None
@@ -119,7 +150,7 @@ class SoakedJob:
     def arguments(self) -> list[str]:
         """Of Python, for a rank."""
         places = ["--data", str(self.data), "--output", str(self.output), "--resume"]
-        sets = [part for override in _RECIPE for part in ("--set", override)]
+        sets = [part for override in self._recipe for part in ("--set", override)]
         return ["-m", "ssd_fast", "train", "--config", str(REPOSITORY / "configs" / "demo.toml"), *places, *sets]
 
     def start_another(self) -> Rank:
@@ -190,8 +221,7 @@ class SoakedJob:
 
     def limit_memory(self, rank: int, bytes_more: int) -> None:
         """Let the kernel kill a rank when it takes so much more memory than it has now."""
-        group = _CGROUPS / "memory" / f"ssd_fast_{os.getpid()}"
-        group.mkdir(exist_ok=True)
+        group = _group("memory")
         (group / "memory.limit_in_bytes").write_text(str(bytes_more))
         (group / "cgroup.procs").write_text(str(self.ranks[rank].process.pid))
 
@@ -218,10 +248,29 @@ class SoakedJob:
         last = next((key for key in reversed(events) if key in ("eval_start", "epoch_start", "eval_stop")), "")
         return "evaluation" if last == "eval_start" else "training"
 
+    def newest_step(self) -> int:
+        """Steps of the newest readable checkpoint."""
+        checkpoint = newest_checkpoint(self.output / "checkpoints")
+        return checkpoint.step if checkpoint else 0
+
+    def was_stopped(self) -> bool:
+        """Whether the run has saved because it was asked to stop."""
+        return (self.output / "interrupted").exists()
+
     def _log_size(self) -> int:
         log = self.output / "train.log"
         return log.stat().st_size if log.exists() else 0
 
 
+def _group(controller: str) -> Path:
+    """This program's own group of a controller."""
+    group = _CGROUPS / controller / _GROUP
+    group.mkdir(exist_ok=True)
+    return group
+
+
 def _run(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+    result = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise OSError(f"{' '.join(map(str, command))}: {result.stderr.strip()}")
+    return result.stdout
