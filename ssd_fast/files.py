@@ -32,12 +32,22 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(descriptor)
             os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, f"not written: {error.strerror}", str(path)) from None
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: after a crash, a file that was renamed could have its old name."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Claim:

@@ -13,7 +13,7 @@ from ssd_fast.checkpoints.weights import read_torch_file
 from ssd_fast.config.recipe import ConfigError, validate_config
 from ssd_fast.config.sections import Config
 from ssd_fast.data.annotations import Category
-from ssd_fast.files import unfinished, write_atomically
+from ssd_fast.files import sync_folder, unfinished, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         write_atomically(target, source.read_bytes())
     else:
         link.replace(target)
+        sync_folder(target.parent)
 
 
 def _damaged_part(path: Path) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,7 @@ class MetricsWriter:
         }
         with _errors_naming(self._path):
             self._file.write(json.dumps(valid, allow_nan=False).encode() + b"\n")
+            os.fsync(self._file.fileno())  # before the checkpoint that a crashed run resumes from
 
     def _plot(self, curves: Mapping[str, float], step: int) -> None:
         with _errors_naming(self._plots_dir):

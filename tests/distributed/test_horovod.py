@@ -121,6 +121,15 @@ def test_what_ranks_tell_each_other_arrives(cases: list[Any]) -> None:
 
 
 @needs_horovod
+def test_a_rank_that_lets_the_others_wait_is_named_once(cases: list[Any]) -> None:
+    first, again, even, other = cases[0]["collectives"]["slow"]
+    assert first == "rank 1 (node0) is slow: the others wait for it 90% of the time"
+    assert (again, even) == (None, None)
+    assert other == "rank 0 (node0) is slow: the others wait for it 70% of the time"
+    assert cases[1]["collectives"]["slow"] == [None] * 4
+
+
+@needs_horovod
 def test_a_rank_with_one_core_leaves_it_to_the_training(cases: list[Any]) -> None:
     for result in cases:
         cores, cycle_ms = result["collectives"]["cycle"]

@@ -122,6 +122,20 @@ def test_evaluation_by_two_and_three_ranks_gives_the_bits_of_one(
         assert (tmp_path / f"{size}.json").read_bytes() == (tmp_path / "1.json").read_bytes()
 
 
+@needs_horovod
+def test_an_image_that_one_rank_cannot_read_is_named_and_ends_both(synthetic_set: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(synthetic_set, data)
+    image = sorted((data / "train2017").iterdir())[20]
+    image.write_bytes(image.read_bytes()[:-200])  # its header is still good
+    ranks = run_ranks(2, data, tmp_path / "run")
+    assert all(ended.status == 1 for ended in ranks), ranks
+    reader = next(rank for rank, ended in enumerate(ranks) if "ImageError" in ended.errors)
+    (line,) = ranks[1 - reader].error_lines()
+    assert line.startswith(f"error: rank {reader} (node0, process ")
+    assert image.name in line
+
+
 def test_apex_is_refused_without_a_gpu_by_the_key_that_asks_for_it(synthetic_set: Path, tmp_path: Path) -> None:
     for change, message in (
         ("optimizer.implementation=apex", r"optimizer\.implementation = 'apex': expected a GPU"),

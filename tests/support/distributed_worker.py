@@ -103,6 +103,15 @@ def average_layouts(world: World) -> dict[str, Any]:
     return found
 
 
+def find_slow(world: World) -> list[str | None]:
+    """What is said of ranks that have waited for other shares of the time."""
+    found = []
+    for waited_s in ((0.9, 0.1), (0.9, 0.1), (0.9, 0.8), (0.1, 0.7)):
+        world._watch._waited_s = waited_s[world.rank]  # type: ignore[attr-defined]
+        found.append(world.find_slow(1.0))
+    return found
+
+
 CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     "frozen": train,
     "live": lambda world: train(world, frozen=False),
@@ -114,6 +123,7 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
         "gathered": world.gather({"rank": world.rank, "ballast": b"x" * 1000 * world.rank}),
         "broadcast": world.broadcast(f"from {world.rank}"),
         "cycle": (world.cores, os.environ.get("HOROVOD_CYCLE_TIME")),
+        "slow": find_slow(world),
         "agreed": [world.agree(world.rank * (step == 1), step) for step in range(4)],
     },
 }
