@@ -1,6 +1,7 @@
 """Faults between nodes that are real to the network, on a disk of their own: what ends a run, and what it survives."""
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,4 @@ def test_a_fault_has_its_message_and_the_resumed_run_ends_as_if_undisturbed(
         job.wait(300)
     finish(site, output)
     assert_same_end(output, undisturbed, job.newest_step())
+    shutil.rmtree(output)  # the disk is small
