@@ -11,6 +11,7 @@ import pytest
 from repository import REPOSITORY
 
 from ssd_fast.config.recipe import load_config
+from ssd_fast.files import Claim
 
 SCRIPT = REPOSITORY / "run.slurm"
 
@@ -51,6 +52,18 @@ def run_in_job(nodes: int, tasks: int, **variables: str) -> list[str]:
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     return [line.removeprefix("run.slurm: ") for line in result.stderr.splitlines()]
+
+
+def test_a_run_that_another_job_trains_is_refused(tmp_path: Path, coco_folders: dict[str, str]) -> None:
+    claim = Claim(tmp_path / "lock", "a test")
+    holder = f"{os.uname().nodename}, process {os.getpid()}"
+    line, command = run_in_job(1, 4, RUN=str(tmp_path), **coco_folders)
+    assert line == f"RUN={tmp_path}: in use by {holder}: wait until it has ended, or leave RUN out for a new run"
+    assert "RUN=" not in command
+    claim.close()
+    before = (tmp_path / "lock").read_text()
+    assert not run_in_job(1, 5, RUN=str(tmp_path), **coco_folders)[0].startswith("RUN=")
+    assert (tmp_path / "lock").read_text() == before
 
 
 def test_help_says_how_and_outside_of_slurm_so_does_one_line() -> None:
