@@ -2,7 +2,7 @@
 # make test      the test suite
 # make test-oldest  the same with the oldest PyTorch that is supported, in build/oldest
 # make horovod   Horovod, built from source against this PyTorch; the wheel is kept for the next time
-# make slurm     Slurm, for the tests that start a cluster of their own (as root, on Debian and its derivatives)
+# make slurm     Slurm and other programs, for the tests that start a cluster or a network (as root, on Debian)
 # make sanitize  the tests of the CPU operators under the compiler's sanitizers
 # make emulate-cuda  the tests of the CUDA operators, on a CPU, with detectors of races and bad accesses
 # make kernels-report  what each CUDA kernel needs and does, counted without a GPU
@@ -63,7 +63,8 @@ $(VENV)/horovod: $(VENV)/installed build_horovod.sh cuda_toolkit.py
 
 slurm:
 	@export DEBIAN_FRONTEND=noninteractive
-	dpkg -s slurm-wlm munge >/dev/null 2>&1 || { apt-get update -qq; apt-get install -qq --no-install-recommends slurm-wlm munge; }
+	packages=(slurm-wlm munge iproute2 e2fsprogs)
+	dpkg -s "$${packages[@]}" >/dev/null 2>&1 || { apt-get update -qq; apt-get install -qq --no-install-recommends "$${packages[@]}"; }
 
 test: install horovod
 	@$(BIN)/python -m pytest -n auto

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from network import Weather
-from soaked_job import SoakedJob
+from soaked_job import CGROUPS, SoakedJob
 
 Pattern = re.Pattern[str] | None
 
@@ -32,6 +32,11 @@ class Fault(NamedTuple):
     cause: Callable[[SoakedJob], AbstractContextManager[Pattern]]
     ends: bool | None = True
     loses: bool = False
+    needs_cgroups: bool = False
+
+    def is_possible(self) -> bool:
+        """Return true where this machine has what causes the fault: version 1 of cgroups for some of them."""
+        return CGROUPS.is_dir() or not self.needs_cgroups
 
 
 def _kill(job: SoakedJob) -> Iterator[Pattern]:
@@ -206,9 +211,14 @@ def _unmounted_cache(job: SoakedJob) -> Iterator[Pattern]:
 
 
 def _fault(
-    name: str, cause: Callable[[SoakedJob], Iterator[Pattern]], *, ends: bool | None = True, loses: bool = False
+    name: str,
+    cause: Callable[[SoakedJob], Iterator[Pattern]],
+    *,
+    ends: bool | None = True,
+    loses: bool = False,
+    needs_cgroups: bool = False,
 ) -> Fault:
-    return Fault(name, contextmanager(cause), ends, loses)
+    return Fault(name, contextmanager(cause), ends, loses, needs_cgroups)
 
 
 FAULTS = (
@@ -230,8 +240,8 @@ FAULTS = (
     _fault("a bit of a checkpoint flips", _flip, loses=True),
     _fault("a second job in the folder", _second, ends=False),
     _fault("a rank gets no more memory", _memory, ends=None),
-    _fault("the kernel kills a rank for memory", _memory_kill),
-    _fault("the disk writes 20 MB/s", _slow_disk, ends=False),
+    _fault("the kernel kills a rank for memory", _memory_kill, needs_cgroups=True),
+    _fault("the disk writes 20 MB/s", _slow_disk, ends=False, needs_cgroups=True),
     _fault("an image becomes unreadable", _image, ends=None),
     _fault("file caches are emptied", _unmounted_cache, ends=False),
 )

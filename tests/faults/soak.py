@@ -32,6 +32,7 @@ class Soak:
     def __init__(self, site: Site, seed: int) -> None:
         self.random = random.Random(seed)
         self.site = site
+        self.faults = [fault for fault in FAULTS if fault.is_possible()]
         self.undisturbed = site.disk.folder / "undisturbed"
         with SoakedJob(site, site.disk.folder / "warm-up", self.random) as job:
             job.wait(600)  # the server of forks imports what ranks need
@@ -49,7 +50,7 @@ class Soak:
         while True:
             with SoakedJob(self.site, output, self.random) as job:
                 while job.wait_at_random(self.usual_s) and time.monotonic() < until:
-                    if event := disturb(job, self.random.choice(FAULTS)):
+                    if event := disturb(job, self.random.choice(self.faults)):
                         events.append(event)
                         print(f"{len(events):4}  {_line(event)}", flush=True)
                 job.wait(job.limit_s)

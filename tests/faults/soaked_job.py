@@ -25,7 +25,7 @@ from ssd_fast.checkpoints.checkpoint import newest_checkpoint
 from ssd_fast.data.synthesize import synthesize
 
 PER_NODE = 2
-_CGROUPS = Path("/sys/fs/cgroup")  # version 1
+CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
 _GROUP = f"ssd_fast_{os.getpid()}"
 _SHUTDOWN, _WITHOUT_LOG = 0x8004587D, 2  # FS_IOC_SHUTDOWN of ext4
 PHASES = ("start", "training", "evaluation", "saving")
@@ -109,7 +109,7 @@ def make_site(folder: Path) -> Iterator[Site]:
         try:
             yield Site(network, disk, folder / "data")
         finally:
-            for group in _CGROUPS.glob(f"*/{_GROUP}"):
+            for group in CGROUPS.parent.glob(f"*/{_GROUP}"):
                 group.rmdir()
 
 
@@ -158,8 +158,7 @@ class SoakedJob:
         return self._start("another", self.arguments(), dict(os.environ))
 
     def _start(self, name: str, arguments: list[str], environment: dict[str, str]) -> Rank:
-        place = Path(self._folder.name, name)
-        place.mkdir()
+        place = Path(tempfile.mkdtemp(prefix=name, dir=self._folder.name))
         return Rank(arguments, {**os.environ, **environment}, place)
 
     def wait(self, seconds: float) -> bool:
@@ -264,7 +263,7 @@ class SoakedJob:
 
 def _group(controller: str) -> Path:
     """This program's own group of a controller."""
-    group = _CGROUPS / controller / _GROUP
+    group = CGROUPS.parent / controller / _GROUP
     group.mkdir(exist_ok=True)
     return group
 

@@ -54,6 +54,8 @@ def test_a_fault_has_its_message_and_the_resumed_run_ends_as_if_undisturbed(
 ) -> None:
     output = site.disk.folder / name.replace(" ", "_")
     fault = next(fault for fault in FAULTS if fault.name == name)
+    if not fault.is_possible():
+        pytest.skip("no cgroups of version 1 here")
     with SoakedJob(site, output, CHANCE, TIMEOUT_S) as job:
         while job.phase() != "training":
             assert job.wait(0.01), job.errors()
