@@ -160,7 +160,7 @@ def _flip(job: SoakedJob) -> Iterator[Pattern]:
 
 def _second(job: SoakedJob) -> Iterator[Pattern]:
     """A second job that is told to use the folder."""
-    if not (job.output / "config.toml").exists():
+    if job.phase() == "start":  # the first has not claimed the folder
         yield None
         return
     another = job.start_another()

@@ -65,7 +65,10 @@ class Soak:
             assert_same_end(output, self.undisturbed, self.last_step)
         except AssertionError as error:
             events[-1:] = [events[-1]._replace(wrong=f"the end differs: {str(error)[:300]}")]
-            print(events[-1].wrong, flush=True)
+            kept = Path(tempfile.mkdtemp(prefix="differs_", dir=RESULTS.parent))
+            for run in (output, self.undisturbed):
+                shutil.copytree(run, kept / run.name)
+            print(f"{events[-1].wrong}: see {kept}", flush=True)
         else:
             shutil.rmtree(output)
         return events
