@@ -145,7 +145,6 @@ def _replaced(job: SoakedJob) -> Iterator[Pattern]:
 
 def _flip(job: SoakedJob) -> Iterator[Pattern]:
     """A bit of the newest checkpoint, behind the back of the run; it is found when the run resumes."""
-    newest = sorted((job.output / "checkpoints").glob("step_*.pt"))[-1:]
     for rank in range(len(job.ranks)):
         job.signal(rank, signal.SIGKILL)
     yield None
@@ -197,12 +196,12 @@ def _image(job: SoakedJob) -> Iterator[Pattern]:
     image: Path = job.random.choice(images)
     kept = image.with_name("kept")
     image.rename(kept)
-    image.write_bytes(kept.read_bytes()[:-200][: kept.stat().st_size // 2])
+    image.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
     yield re.compile(re.escape(image.name))
     kept.rename(image)
 
 
-def _unmounted_cache(job: SoakedJob) -> Iterator[Pattern]:
+def _empty_caches(job: SoakedJob) -> Iterator[Pattern]:
     """The pages of all files leave memory: the next reading comes from the disk."""
     subprocess.run(["sync"], check=True)
     with suppress(OSError):
@@ -243,7 +242,7 @@ FAULTS = (
     _fault("the kernel kills a rank for memory", _memory_kill, needs_cgroups=True),
     _fault("the disk writes 20 MB/s", _slow_disk, ends=False, needs_cgroups=True),
     _fault("an image becomes unreadable", _image, ends=None),
-    _fault("file caches are emptied", _unmounted_cache, ends=False),
+    _fault("file caches are emptied", _empty_caches, ends=False),
 )
 
 

@@ -64,7 +64,8 @@ class Soak:
         try:
             assert_same_end(output, self.undisturbed, self.last_step)
         except AssertionError as error:
-            events[-1:] = [events[-1]._replace(wrong=f"the end differs: {str(error)[:300]}")]
+            wrong = f"the end differs: {str(error)[:300]}"
+            events.append(Event("all faults of a run", "end", True, 0.0, "", wrong))
             kept = Path(tempfile.mkdtemp(prefix="differs_", dir=RESULTS.parent))
             for run in (output, self.undisturbed):
                 shutil.copytree(run, kept / run.name)
