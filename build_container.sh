@@ -39,7 +39,8 @@ builder=$(command -v apptainer || command -v singularity) || fail "neither appta
 cd "$(dirname "$0")" # the definition names its files relative to this folder
 definition=$(mktemp)
 trap 'rm -f "$definition"' EXIT
-sed "s|^From: .*|From: $base|" Singularity.def >"$definition"
+commit=$(git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null) || commit=unknown
+sed "s|^From: .*|From: $base|; s|revision unknown|revision $commit|" Singularity.def >"$definition"
 fakeroot=()
 ((EUID == 0)) || fakeroot=(--fakeroot)
 "$builder" build "${fakeroot[@]}" "$image" "$definition"

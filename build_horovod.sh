@@ -3,7 +3,7 @@
 set -euo pipefail
 
 VERSION=0.28.1
-CHANGES=2 # counts the changes that build() makes to the source; part of the cached wheel's folder
+CHANGES=5 # version of the changes that build() makes to the source; part of the cached wheel's folder
 SHA256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 CMAKE_VERSION=3.31.6
 REQUIREMENTS=(cffi cloudpickle packaging psutil pyyaml) # Horovod's own, which its setup.py needs, too
@@ -56,6 +56,24 @@ build() {
     sed -i '/::InitializeForProcessSet/,/CreateDevice/s/= gloo_iface_;/= global_context.gloo_iface_;/' \
         "$source/horovod/common/gloo/gloo_context.cc"
     grep -q 'iface = global_context.gloo_iface_;' "$source/horovod/common/gloo/gloo_context.cc"
+    # The rendezvous server: of more than 5 ranks that ask at once, the others wait for a second or more to ask again.
+    sed -i '/^class RendezvousHTTPServer(/a \    request_queue_size = 1024\n' "$source/horovod/runner/http/http_server.py"
+    grep -q 'request_queue_size = 1024' "$source/horovod/runner/http/http_server.py"
+    # A rank that is lost while the others connect to it: Horovod aborts them, without a word on which one it was.
+    sed -i '/std::thread(BackgroundThreadLoop, std::ref(horovod_global))/c\
+        std::thread([] {\
+          try {\
+            BackgroundThreadLoop(horovod_global);\
+          } catch (const std::exception\& error) {\
+            LOG(ERROR) << "Horovod background thread: " << error.what();\
+            horovod_global.initialization_failed = true;\
+          }\
+        });' "$source/horovod/common/operations.cc"
+    grep -q 'Horovod background thread: ' "$source/horovod/common/operations.cc"
+    # A lost rank: the thread that drops the waiting gradients holds Horovod's locks and needs Python's. The thread that
+    # adds a gradient holds Python's and needs Horovod's. They wait for ever, unless it releases Python's.
+    sed -i 's/\(&Do[A-Za-z]*\));/\1, py::call_guard<py::gil_scoped_release>());/' "$source/horovod/torch/mpi_ops_v2.cc"
+    grep -q '&DoGroupedAllreduce, py::call_guard' "$source/horovod/torch/mpi_ops_v2.cc"
     sed -i -e '/^project(/a set(CMAKE_SKIP_RPATH ON)' -e 's/"-O2" "-O3"/"-O2 -g" "-O3"/' "$source/CMakeLists.txt"
     sed -i 's/add_library(compatible_horovod_cuda_kernels/& EXCLUDE_FROM_ALL/' \
         "$source/horovod/common/ops/cuda/CMakeLists.txt"

@@ -7,6 +7,7 @@ peers get the ONNX file of `ssd-fast export` and images in its layout; their set
 name for a low latency. They take turns (A B C A B C …), so that a machine that becomes slower does so for all of them.
 """
 
+import importlib.metadata
 import json
 import os
 import statistics
@@ -21,7 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported,
 
 import numpy as np
 import onnxruntime
-import openvino
 import torch
 import typer
 
@@ -124,7 +124,8 @@ def run(
         raise ValueError(f"--json {json_file}: expected a file in a folder that exists")
     environment = (
         f"{device_name(CPU, usable_cores())}; torch {torch.__version__}, {torch.get_num_threads()} threads; "
-        f"OpenVINO {openvino.__version__}; onnxruntime {onnxruntime.__version__}; load {os.getloadavg()[0]:.1f}"
+        f"OpenVINO {importlib.metadata.version('openvino')}; onnxruntime {onnxruntime.__version__}; "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     print(environment)
     content: dict[str, Any] = {"environment": environment}

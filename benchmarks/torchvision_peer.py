@@ -105,7 +105,10 @@ def both_sides(config: Config, data_dir: Path, device: torch.device, peer_precis
     fixed = next(synthetic.epoch())
     # The rate of the warm-up's second step: with meaningless targets, training diverges at a higher one.
     learning_rate = config.optimizer.learning_rate_at(
-        1, global_batch_size=batch_size, steps_per_epoch=train_loader.steps_per_epoch
+        1,
+        global_batch_size=batch_size,
+        steps_per_epoch=train_loader.steps_per_epoch,
+        epochs=config.training.epochs,
     )
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -177,14 +177,19 @@ def synthesize(
     directory: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
     images: Annotated[int, typer.Option(min=2, help="Number of images, a fifth of them for validation.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
+    other_classes: Annotated[
+        bool, typer.Option("--other-classes", help="Five other classes, of the same shapes and textures.")
+    ] = False,
 ) -> None:
     """Make a COCO-format data set of textured shapes, to try everything without COCO."""
     from ssd_fast import progress
+    from ssd_fast.data.synthesize import KINDS, OTHER_KINDS
     from ssd_fast.data.synthesize import synthesize as make
 
     progress.setup_logging(None)
     shown = progress.track(range(images), "making images")
-    make(directory, num_images=images, seed=seed, on_progress=lambda _: next(shown))
+    kinds = OTHER_KINDS if other_classes else KINDS
+    make(directory, num_images=images, seed=seed, kinds=kinds, on_progress=lambda _: next(shown))
     next(shown, None)
     print(f"{images} images in {directory}")
 
@@ -203,9 +208,11 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if "--traceback" in sys.argv[1:2]:
             raise
+        if isinstance(error, MemoryError):
+            sys.exit(f"error: this process was refused more memory{f': {error}' if str(error) else ''}")
         if isinstance(error, OSError) and error.filename and error.strerror:
             sys.exit(f"error: {error.filename}: {error.strerror}")
         sys.exit(f"error: {error}")

@@ -11,9 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -31,36 +29,36 @@ class BackgroundCall(Generic[T]):
 
     def __init__(self, what: str, function: Callable[..., T], *arguments: Any) -> None:
         self._what = what
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for this process, which may still want the answer
-        )
-        self._answer = b""
-        request = pickle.dumps((function, arguments))
-        self._thread = threading.Thread(target=self._exchange, args=(request,), daemon=True)
-        self._thread.start()
+        # Not pipes: a thread would have to feed them, and where memory is refused, its start may wait for ever.
+        self._answer = os.fdopen(os.memfd_create("answer"), "w+b")
+        with os.fdopen(os.memfd_create("request"), "w+b") as request:
+            pickle.dump((function, arguments), request)
+            request.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(os.getpid())],
+                stdin=request,
+                stdout=self._answer,
+                start_new_session=True,  # Ctrl-C is for this process, which may still want the answer
+            )
 
     def is_done(self) -> bool:
         """Return true once the process has ended, with or without a result."""
-        return not self._thread.is_alive()
+        return self._process.poll() is not None
 
     def result(self, timeout_s: float | None = None) -> T:
         """Wait for the result. Raises the function's error, or ChildProcessError when the process died or hangs."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            raise ChildProcessError(f"the process that {self._what} took more than {timeout_s:g} s")
-        if self._process.returncode != 0:
-            raise ChildProcessError(f"the process that {self._what} ended with status {self._process.returncode}")
-        answer = pickle.loads(self._answer)
+            raise ChildProcessError(f"the process that {self._what} took more than {timeout_s:g} s") from None
+        if status != 0:
+            raise ChildProcessError(f"the process that {self._what} ended with status {status}")
+        self._answer.seek(0)
+        answer = pickle.load(self._answer)
         if isinstance(answer, Exception):
             raise answer
         return answer
-
-    def _exchange(self, request: bytes) -> None:
-        self._answer, _ = self._process.communicate(request)
 
 
 def _serve() -> None:
@@ -70,19 +68,15 @@ def _serve() -> None:
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Slurm sends a step's signals to all of its processes
-    try:
-        function, arguments = pickle.load(sys.stdin.buffer)
-    except (EOFError, pickle.UnpicklingError):  # the request was cut off
-        return
+    function, arguments = pickle.load(sys.stdin.buffer)
     gc.disable()  # collecting takes longer than all the rest where a million annotations are read, and frees nothing
     answer: Any
     try:
         answer = function(*arguments)
     except (ValueError, OSError) as error:
         answer = error
-    with suppress(BrokenPipeError):  # it has ended meanwhile
-        sys.stdout.buffer.write(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
-        sys.stdout.buffer.flush()
+    sys.stdout.buffer.write(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+    sys.stdout.buffer.flush()
     os._exit(0)  # freeing what was read takes longer than ending
 
 

@@ -1,5 +1,6 @@
 """Recipes: what they hold, how they change, and how they are refused."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,22 @@ def test_effective_learning_rate_is_the_published_one(
 
 def test_learning_rate_warms_up_from_zero_and_decays_after_its_epochs() -> None:
     optimizer = load_config(SSD300, ["optimizer.warmup_steps=10", "optimizer.decay_epochs=[2, 3]"]).optimizer
-    rates = [optimizer.learning_rate_at(step, global_batch_size=32, steps_per_epoch=20) for step in range(80)]
+    rates = [optimizer.learning_rate_at(step, global_batch_size=32, steps_per_epoch=20, epochs=4) for step in range(80)]
     assert rates[0] == 0
     assert rates[5] == pytest.approx(0.00125)
     assert rates[10] == rates[39] == pytest.approx(0.0025)
     assert rates[40] == rates[59] == pytest.approx(0.00025)
     assert rates[60] == rates[79] == pytest.approx(0.000025)
+
+
+def test_learning_rate_falls_along_a_cosine_to_the_last_epoch() -> None:
+    optimizer = load_config(SSD300, ["optimizer.warmup_steps=10", "optimizer.schedule=cosine"]).optimizer
+    rates = [optimizer.learning_rate_at(step, global_batch_size=32, steps_per_epoch=20, epochs=4) for step in range(81)]
+    assert rates[:1] == [0]
+    assert rates[20] == pytest.approx(0.0025 * (1 + math.sqrt(0.5)) / 2)
+    assert rates[40] == pytest.approx(0.00125)
+    assert rates[80] == pytest.approx(0, abs=1e-12)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
 
 
 def test_a_recipe_holds_only_what_differs_from_its_base(tmp_path: Path) -> None:

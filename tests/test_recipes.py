@@ -43,7 +43,7 @@ def test_batch_learning_rate_and_steps_are_the_published_ones(name: str) -> None
 
     def rate(step: int) -> float:
         return config.optimizer.learning_rate_at(
-            step, global_batch_size=global_batch_size, steps_per_epoch=steps_per_epoch
+            step, global_batch_size=global_batch_size, steps_per_epoch=steps_per_epoch, epochs=80
         )
 
     first, second = decay_steps

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torchvision
@@ -29,6 +30,26 @@ def check_common() -> None:
     assert "video" in capabilities.split(","), (
         f"NVIDIA_DRIVER_CAPABILITIES = {capabilities}: expected video among them, for the hardware JPEG decoder"
     )
+
+
+def check_versions(purpose: str) -> None:
+    """Compare what is installed with the lock file, where there is one for this CUDA."""
+    lock = Path(__file__).with_name("locks") / f"{purpose}-cuda{torch.version.cuda}.txt"
+    found = reversed(list(importlib.metadata.distributions()))  # of two of a name, the first one counts
+    installed = {dist.name: dist.version for dist in found}
+    for name in ("pip", "ssd_fast"):
+        installed.pop(name, None)
+    if not lock.exists():
+        print(f"versions: no {lock.name}; {len(installed)} packages")
+        return
+    locked = dict(line.split("==") for line in lock.read_text().split())
+    changed = {name: version for name, version in sorted(installed.items()) if locked.get(name) != version}
+    wrong = [f"{name} {version}" for name, version in changed.items() if name in locked]
+    assert not wrong, f"{lock.name}: expected its versions, found {', '.join(wrong)}"
+    print(f"versions: as in {lock.name}")
+    for text, names in (("not in it", changed), ("in it alone", locked.keys() - installed.keys())):
+        if names:
+            print(f"versions: {text}: {', '.join(sorted(names))}")
 
 
 def check_inference() -> None:
@@ -60,4 +81,5 @@ if __name__ == "__main__":
     if sys.argv[1:] not in (["inference"], ["training"]):
         raise SystemExit("usage: image_check.py inference|training")
     check_common()
+    check_versions(sys.argv[1])
     {"inference": check_inference, "training": check_training}[sys.argv[1]]()

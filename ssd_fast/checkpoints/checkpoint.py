@@ -24,7 +24,7 @@ _NUMBERED = re.compile(r"step_(\d{9})\.pt")
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read, or does not hold a checkpoint of this program; the message names the file."""
+    """A file that is damaged, or does not hold a checkpoint of this program; the message names the file."""
 
 
 class Checkpoint(NamedTuple):
@@ -73,15 +73,21 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Return a checkpoint, on the CPU. The file is read as data: no code in it runs.
 
-    Raises CheckpointError if the file is missing, damaged, or not a checkpoint of this program.
+    Raises CheckpointError if the file is damaged, also on the disk, or not a checkpoint of this program, and OSError if
+    it cannot be read for another reason, and MemoryError; all name the file.
     """
     try:
         content = read_torch_file(path)
+        if not is_checkpoint(content):
+            raise CheckpointError(f"{path}: not a checkpoint of this program: expected format = {FORMAT!r}")
+        return parse_checkpoint(content, path)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    if not is_checkpoint(content):
-        raise CheckpointError(f"{path}: not a checkpoint of this program: expected format = {FORMAT!r}")
-    return parse_checkpoint(content, path)
+    except MemoryError as error:
+        reason = str(error)
+        raise MemoryError(reason if str(path) in reason else f"{path}: not enough memory to read it") from None
 
 
 def is_checkpoint(content: Any) -> bool:
@@ -135,7 +141,10 @@ def _damaged_part(path: Path) -> str | None:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the readable checkpoint of the highest step, or None. Damaged ones are skipped with a warning."""
+    """Return the undamaged checkpoint of the highest step, or None. Damaged ones are skipped with a warning.
+
+    Raises OSError that names the file where one cannot be read, as on a server that is away: it may be whole.
+    """
     for path in _numbered(folder):
         try:
             return load_checkpoint(path)

@@ -1,5 +1,6 @@
 """Loading of weights into a network: own ones, those of the MLPerf reference, torchvision's backbones."""
 
+import errno
 import pickle
 import re
 import struct
@@ -39,6 +40,8 @@ _MOST_NESTED = 3  # dicts within dicts
 _FIRST_BLOCK = "layer1.0.conv1.weight"  # of a ResNet
 # Errors that torch.load was seen to raise for truncated files and for files with changed bytes.
 _DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
+_DAMAGE_NUMBERS = (errno.EIO, errno.EINVAL)  # of the disk; in the file, which names a place before its beginning
+_NO_MEMORY = re.compile(r"(can't|not) allocate|allocation failed", re.IGNORECASE)  # in a RuntimeError
 HEAD = re.compile(r"(?P<head>(box|class)_heads\.(?P<level>\d+))\.(weight|bias)")
 
 
@@ -46,32 +49,43 @@ def read_torch_file(path: Path) -> Any:
     """Return the content of a file of torch.save, on the CPU. Only tensors and plain containers are unpickled.
 
     For a whole nn.Module, return its state dict.
-    Raises ValueError that names the file if it cannot be read, is damaged or holds something else.
+    Raises OSError that names the file if it cannot be read, ValueError if it is damaged or holds something else, and
+    MemoryError.
     """
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: expected a file of torch.save: load it with safetensors.torch and save that")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if error.errno in _DAMAGE_NUMBERS:
+            raise ValueError(f"{path}: damaged: {error.strerror}") from None
+        raise OSError(error.errno, f"cannot be read: {error.strerror or error}", str(path)) from None
     except pickle.UnpicklingError as error:
         try:
             return read_pickled_module(path)
-        except (pickle.UnpicklingError, *_DAMAGED):
+        except (pickle.UnpicklingError, *_DAMAGED) as other:
+            _check_memory(path, other)
             raise ValueError(
                 f"{path}: expected a file of torch.save that holds only tensors in plain containers, or a module; "
                 f"torch says: {str(error).splitlines()[0]}"
             ) from None
     except _DAMAGED as error:
+        _check_memory(path, error)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: damaged, or not a file of torch.save: {reason}") from None
+
+
+def _check_memory(path: Path, error: Exception) -> None:
+    """Raise MemoryError where that was the reason of an error in reading a file."""
+    if _NO_MEMORY.search(str(error)):
+        raise MemoryError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
 def read_state_dict(source: Source) -> dict[str, Tensor]:
     """Return the tensors of a state dict by name, without prefixes that wrappers put before all names.
 
     source: a file of torch.save, or its content: a state dict, or a dict that holds one under a usual key.
-    Raises ValueError for a file that cannot be read or holds something else.
+    Raises OSError for a file that cannot be read and ValueError for one that holds something else.
     """
     where = str(source) if isinstance(source, Path) else "state dict"
     state = read_torch_file(source) if isinstance(source, Path) else source

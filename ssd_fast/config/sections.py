@@ -33,6 +33,9 @@ class ModelConfig(_Section):
     initial_checkpoint: Annotated[str, Field(min_length=1)] | None = None
     """Path of a detector to fine-tune: a checkpoint of ssd_fast or weights of the MLPerf reference. It replaces
     backbone_weights. Heads of other classes are initialised afresh."""
+    frozen_statistics: bool = False
+    """Normalise by the BatchNorm statistics of the initial weights in training too, and leave them as they are. For
+    fine-tuning: those of a few images are noise."""
     extra_channels: tuple[tuple[PositiveInt, PositiveInt], ...] = (
         (256, 512),
         (256, 512),
@@ -164,8 +167,11 @@ class OptimizerConfig(_Section):
     """Apply weight decay to BatchNorm parameters and biases too, as the published recipes do."""
     warmup_steps: Annotated[int, Field(ge=0)] = 300
     """Steps of linear warm-up from 0."""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """Fall of the learning rate: "steps" after decay_epochs, as in the published recipes, or "cosine", along half a
+    period of it to 0 at the end of training.epochs."""
     decay_epochs: tuple[PositiveFloat, ...] = (44, 55)
-    """Epochs after which the learning rate is multiplied by decay_factor."""
+    """Epochs after which the learning rate is multiplied by decay_factor, with schedule = "steps"."""
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor by which the learning rate falls after each of decay_epochs."""
     clip_norm: PositiveFloat | None = None
@@ -186,11 +192,13 @@ class OptimizerConfig(_Section):
             return scaled
         return self.learning_rate_quantum * max(1, round(scaled / self.learning_rate_quantum))
 
-    def learning_rate_at(self, step: int, *, global_batch_size: int, steps_per_epoch: int) -> float:
-        """Learning rate of a step, counted from 0 over the whole run."""
+    def learning_rate_at(self, step: int, *, global_batch_size: int, steps_per_epoch: int, epochs: int) -> float:
+        """Learning rate of a step, counted from 0 over the whole run. epochs: of the whole run."""
         rate = self.effective_learning_rate(global_batch_size)
         if step < self.warmup_steps:
             rate *= step / self.warmup_steps
+        if self.schedule == "cosine":
+            return rate * (1 + math.cos(math.pi * min(1.0, step / (steps_per_epoch * epochs)))) / 2
         decays = sum(step >= math.ceil(epoch * steps_per_epoch) for epoch in self.decay_epochs)
         return rate * self.decay_factor**decays
 
@@ -226,6 +234,8 @@ class EvaluationConfig(_Section):
     """Epochs after which the model is evaluated. The last epoch of a run is always evaluated."""
     target_map: Fraction = 0.23
     """COCO mAP at which training stops; 1 trains to the last epoch."""
+    patience: PositiveInt | None = None
+    """Number of evaluations in a row without a better mAP after which training stops. Unset: it does not."""
     batch_size: PositiveInt = 32
     """Images in an evaluation batch of each rank."""
 

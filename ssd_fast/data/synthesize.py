@@ -110,9 +110,14 @@ KINDS = (
     Kind(18, "faceted star", _star(5, 0.5), _facets),
     Kind(44, "ringed hexagon", _polygon(6), _rings),
 )
+OTHER_KINDS = tuple(
+    Kind(a.category_id + 1, f"{b.name.split()[0]} {a.name.split()[1]}", a.outline, b.texture)
+    for a, b in zip(KINDS, KINDS[1:] + KINDS[:1], strict=True)
+)
+"""Classes of the same silhouettes and textures in other pairs."""
 
 
-def _distractor_kind(rng: Generator) -> Kind:
+def _distractor_kind(rng: Generator, kinds: tuple[Kind, ...]) -> Kind:
     """A blob with the texture of a class, or a blob or the silhouette of a class with a smooth shade."""
     angles = np.arange(60) * (math.pi / 30)
     phases = rng.uniform(0, 2 * math.pi, 4)
@@ -122,7 +127,7 @@ def _distractor_kind(rng: Generator) -> Kind:
     def shade(u: Array, v: Array) -> Array:
         return 0.5 + 0.3 * np.sin(u + phases[0]) + 0.2 * np.sin(2 * v + phases[1])
 
-    kind = KINDS[rng.integers(len(KINDS))]
+    kind = kinds[rng.integers(len(kinds))]
     outline, texture = ((blob, kind.texture), (kind.outline, shade), (blob, shade))[rng.integers(3)]
     return Kind(0, "distractor", outline, texture)
 
@@ -222,13 +227,15 @@ def _propose(
     )
 
 
-def _arrange(rng: Generator, width: int, height: int) -> tuple[list[tuple[Figure, ...]], Array]:
+def _arrange(
+    rng: Generator, width: int, height: int, kinds: tuple[Kind, ...]
+) -> tuple[list[tuple[Figure, ...]], Array]:
     """Objects of which enough is visible, and the owner of every pixel, as in SyntheticImage."""
     things: list[tuple[Figure, ...]] = []
     areas: list[int] = []
     owners = np.zeros((height, width), np.int64)
     for _ in range(rng.choice(8, p=(0.06, 0.08, 0.14, 0.2, 0.2, 0.14, 0.1, 0.08))):
-        kind = KINDS[rng.integers(len(KINDS))]
+        kind = kinds[rng.integers(len(kinds))]
         for _ in range(PLACEMENT_ATTEMPTS):
             thing, tentative = _propose(rng, kind, width, height, things), owners.copy()
             area = _claim(tentative, thing, len(things) + 1)
@@ -274,15 +281,15 @@ def _photograph(rng: Generator, canvas: Array) -> Image.Image:
     return image.convert("L") if rng.random() < 1 / 30 else image
 
 
-def make_image(seed: int, number: int) -> SyntheticImage:
+def make_image(seed: int, number: int, kinds: tuple[Kind, ...] = KINDS) -> SyntheticImage:
     """Image `number` of the series of a seed; the same on every call with one version of NumPy."""
     rng = np.random.default_rng((seed, number))
     width, height = (int(n) for n in rng.integers(160, 321, 2))
     canvas = _background(rng, width, height)
     for _ in range(rng.integers(0, 4)):
         x, y = rng.uniform(0, 1, 2) * (width, height)
-        _paint(canvas, _figure(rng, _distractor_kind(rng), x, y, _log_uniform(rng, 12, 70), _colours(rng)))
-    things, owners = _arrange(rng, width, height)
+        _paint(canvas, _figure(rng, _distractor_kind(rng, kinds), x, y, _log_uniform(rng, 12, 70), _colours(rng)))
+    things, owners = _arrange(rng, width, height, kinds)
     for thing in things:
         for figure in thing:
             _paint(canvas, figure)
@@ -315,8 +322,10 @@ def split_of(number: int) -> str:
     return "val2017" if number % 5 == 2 else "train2017"
 
 
-def _write_image(directory: Path, seed: int, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    synthetic = make_image(seed, number)
+def _write_image(
+    directory: Path, seed: int, kinds: tuple[Kind, ...], number: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    synthetic = make_image(seed, number, kinds)
     name = f"{number:012d}.jpg"
     synthetic.image.save(directory / split_of(number) / name, quality=synthetic.quality)
     width, height = synthetic.image.size
@@ -324,14 +333,16 @@ def _write_image(directory: Path, seed: int, number: int) -> tuple[dict[str, Any
     return entry, annotate(synthetic, number)
 
 
-def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], object] | None) -> None:
+def _write_set(
+    directory: Path, num_images: int, seed: int, kinds: tuple[Kind, ...], on_progress: Callable[[int], object] | None
+) -> None:
     splits: dict[str, dict[str, Any]] = {
         name: {
             "info": {"description": f"Textured figures, seed {seed}", "version": "1.0", "year": 2017},
             "licenses": [{"id": 1, "name": "CC0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
             "images": [],
             "annotations": [],
-            "categories": [{"supercategory": "figure", "id": k.category_id, "name": k.name} for k in KINDS],
+            "categories": [{"supercategory": "figure", "id": k.category_id, "name": k.name} for k in kinds],
         }
         for name in ("train2017", "val2017")
     }
@@ -341,7 +352,7 @@ def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Call
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
         numbers = range(1, num_images + 1)
-        written = pool.map(partial(_write_image, directory, seed), numbers)
+        written = pool.map(partial(_write_image, directory, seed, kinds), numbers)
         for number, (entry, annotations) in zip(numbers, written, strict=True):
             content = splits[split_of(number)]
             content["images"].append(entry)
@@ -355,12 +366,18 @@ def _write_set(directory: Path, *, num_images: int, seed: int, on_progress: Call
 
 
 def synthesize(
-    directory: Path, *, num_images: int, seed: int, on_progress: Callable[[int], object] | None = None
+    directory: Path,
+    *,
+    num_images: int,
+    seed: int,
+    kinds: tuple[Kind, ...] = KINDS,
+    on_progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write a set of images in COCO's layout, a fifth of them for validation.
 
     directory: must not exist, or be empty; it appears only when the set is complete.
     num_images: at least 2. A larger set of the same seed begins with the same images in the same split.
+    kinds: the classes.
     on_progress: called with the number of images done.
     Raises ValueError if an argument is out of range or directory holds something already, OSError if writing fails.
     """
@@ -376,7 +393,7 @@ def synthesize(
     partial_set = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial_set.mkdir(parents=True)
     try:
-        _write_set(partial_set, num_images=num_images, seed=seed, on_progress=on_progress)
+        _write_set(partial_set, num_images, seed, kinds, on_progress)
         partial_set.rename(directory)
     except BaseException:
         shutil.rmtree(partial_set)

@@ -56,10 +56,14 @@ class HorovodWorld(World):
         if not launch.has_thread_count:
             torch.set_num_threads(self.cores)
         self._agreement: int | None = None
+        self._waited_s = 0.0  # for gradients, since find_slow was last called
         self._slowest: int | None = None  # the rank that was last named
         self._watch.start()
         with self._watch.waiting():
-            self._hvd.init()
+            try:
+                self._hvd.init()
+            except ValueError:  # the connection to a rank broke
+                self._watch.give_up()
 
     def agree(self, *flags: int) -> tuple[int, ...]:
         agreed = torch.zeros(len(flags)) if self._agreement is None else self._wait(self._agreement)
@@ -106,10 +110,12 @@ class HorovodWorld(World):
 
     @contextmanager
     def averaged_gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        start = time.monotonic()
         with self._watch.waiting():
             for handle, _ in optimizer._handles.values():  # type: ignore[attr-defined]
                 self._sleep_until_done(handle)
             optimizer.synchronize()  # type: ignore[attr-defined]
+        self._waited_s += time.monotonic() - start
         with optimizer.skip_synchronize():  # type: ignore[attr-defined]
             yield
 
@@ -118,6 +124,11 @@ class HorovodWorld(World):
     ) -> None:
         from horovod.common.exceptions import HorovodInternalError
 
+        try:
+            if error is None and self._agreement is not None:
+                self._wait(self._agreement)  # ranks that have not come to it yet could not agree after this one's end
+        except HorovodInternalError as lost:
+            error = lost
         if isinstance(error, HorovodInternalError):
             self._watch.give_up()
         self._watch.end(f"ended with: {_first_line(error)}" if error else "ended")
@@ -127,7 +138,8 @@ class HorovodWorld(World):
 
     def find_slow(self, seconds: float) -> str | None:
         waited = torch.zeros(self.size, dtype=torch.float64)
-        waited[self.rank] = self.size * self._watch.take_waited() / seconds
+        waited[self.rank] = self.size * self._waited_s / seconds
+        self._waited_s = 0.0
         shares = self.average_(waited).tolist()
         slowest = min(range(self.size), key=shares.__getitem__)
         others = statistics.median(share for rank, share in enumerate(shares) if rank != slowest)

@@ -4,6 +4,7 @@ Horovod waits for ever for a process that was stopped, and names no rank when on
 life in the key-value store of the launcher's rendezvous.
 """
 
+import _thread
 import json
 import logging
 import os
@@ -21,8 +22,9 @@ from urllib.error import HTTPError
 from ssd_fast.distributed.slurm import Launch
 from ssd_fast.hardware import memory_kills
 
-_WORKS, _WAITS, _GAVE_UP = "works", "waits", "gave up"
+_WORKS, _WAITS, _GAVE_UP, _SAID_WHY = "works", "waits", "gave up", "said why"
 _NUM_SPEAKERS = 8  # the first of these ranks to give up prints the reason
+_OVER = "over"  # key that is there once a rank has failed
 
 
 class Sign(NamedTuple):
@@ -63,22 +65,33 @@ class Board:
         except (HTTPException, ValueError):  # the launcher ended within its answer
             raise ConnectionError from None
 
+    def write_over(self) -> None:
+        """Leave the word that a rank has failed, if the launcher answers."""
+        with suppress(OSError, HTTPException):
+            self._request(_OVER, b"1")
+
+    def is_over(self) -> bool:
+        """Return true where a rank has failed, as far as the launcher answers."""
+        with suppress(OSError, HTTPException):
+            self._request(_OVER)
+            return True
+        return False
+
     def read_all(self, size: int) -> list[Sign | None]:
         """Return the signs of all ranks. Raises OSError as read does."""
         return [self.read(rank) for rank in range(size)]
 
-    def _request(self, rank: int, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(f"{self._url}/{rank}", data=body, method="PUT" if body else "GET")
+    def _request(self, key: int | str, body: bytes | None = None) -> bytes:
+        request = urllib.request.Request(f"{self._url}/{key}", data=body, method="PUT" if body else "GET")
         with self._opener.open(request, timeout=self._timeout_s) as response:
             return response.read()
 
 
-class Watch(threading.Thread):
-    """A thread that leaves signs of life of this rank, and ends the process when others keep it waiting."""
+class Watch:
+    """Leaves signs of life of this rank, and ends the process when others keep it waiting, in a thread of its own."""
 
     def __init__(self, launch: Launch, timeout_s: float) -> None:
         """timeout_s: longest time from the start of a wait to the end of the process."""
-        super().__init__(name="watch", daemon=True)
         self._launch = launch
         self._patience_s = 0.8 * timeout_s  # the rest is for finding the missing rank
         self._interval_s = min(timeout_s / 20, 5.0)
@@ -86,11 +99,17 @@ class Watch(threading.Thread):
         self._beats = 0
         self._memory_kills = memory_kills()
         self._waiting_since: float | None = None
-        self._waited_s = 0.0
         self._activity = ""
         self._last_state: str | None = None
+        self._begun = threading.Event()
         self._ended = threading.Event()
         self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread. Raises MemoryError where it cannot begin; Thread.start of threading would wait for ever."""
+        _thread.start_new_thread(self._run, ())
+        if not self._begun.wait(self._patience_s):
+            raise MemoryError("the thread that watches the other ranks does not begin")
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -99,7 +118,6 @@ class Watch(threading.Thread):
         try:
             yield
         finally:
-            self._waited_s += time.monotonic() - self._waiting_since
             self._waiting_since = None
 
     @contextmanager
@@ -111,11 +129,6 @@ class Watch(threading.Thread):
         finally:
             self._activity = ""
 
-    def take_waited(self) -> float:
-        """Return the seconds for which this process has waited for others since the last call."""
-        waited_s, self._waited_s = self._waited_s, 0.0
-        return waited_s
-
     def host_of(self, rank: int) -> str:
         """Name of the node of a rank, as far as it is known."""
         with suppress(OSError):
@@ -123,17 +136,25 @@ class Watch(threading.Thread):
             return sign.host if sign else "?"
         return "?"
 
-    def run(self) -> None:
+    def _run(self) -> None:
+        self._begun.set()
         self._beat()
+        over_since: float | None = None
         while not self._ended.wait(self._interval_s):
             self._beat()
-            since = self._waiting_since
-            if since is not None and time.monotonic() - since > self._patience_s:
+            now, since = time.monotonic(), self._waiting_since
+            if since is not None and now - since > self._patience_s:
                 self.give_up()
+            if since is None and over_since is None and self._board.is_over():
+                over_since = now
+            if over_since is not None and now - over_since > self._patience_s / 4 and not self._activity:
+                os._exit(1)  # it hangs in a call that does not notice; the others have said why the run ends
 
     def end(self, state: str) -> None:
         """Stop watching, and leave a last state for the other ranks to read."""
         self._last_state = state
+        if state != "ended":
+            self._board.write_over()
         self._ended.set()
         self._beat()
 
@@ -150,8 +171,8 @@ class Watch(threading.Thread):
                 )
             if message:
                 print(f"error: {message}", file=sys.stderr)
-            else:
-                time.sleep(self._interval_s)  # a launcher kills all ranks when the first exits: let the speaker print
+                self._last_state = _SAID_WHY
+                self._beat()
             logging.shutdown()
             sys.stderr.flush()
             os._exit(1)
@@ -164,12 +185,24 @@ class Watch(threading.Thread):
         time.sleep(2.5 * self._interval_s)
         for lower in range(min(rank, _NUM_SPEAKERS)):
             sign = self._board.read(lower)
-            if sign is not None and sign.state == _GAVE_UP:
-                return None
+            if sign is not None and sign.state in (_GAVE_UP, _SAID_WHY):
+                return self._find_silent(lower, sign)
         if not is_speaker:  # not one of them has come here: they are all lost
             before = self._board.read_all(size)
             time.sleep(2.5 * self._interval_s)
         return _describe(before, self._board.read_all(size))
+
+    def _find_silent(self, speaker: int, sign: Sign) -> str | None:
+        """Wait until a rank that gave up, with this sign, has said why; return one line where it does not.
+
+        A launcher kills all ranks when the first one exits, which must not be earlier.
+        """
+        for _ in range(6):
+            time.sleep(0.5 * self._interval_s)
+            last = self._board.read(speaker)
+            if last is None or last.state == _SAID_WHY:
+                return None
+        return f"rank {speaker} ({sign.host}, process {sign.process}) gave up, and was lost before it could say why"
 
     def _beat(self) -> None:
         self._beats += 1
@@ -188,7 +221,7 @@ def _describe(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> st
             lost["", "not started"].append(rank)
         elif sign.state.startswith("ended"):
             lost[sign.host, sign.state].append(rank)
-        elif sign.state == _GAVE_UP:
+        elif sign.state in (_GAVE_UP, _SAID_WHY):
             continue
         elif old is not None and sign.beats == old.beats:
             lost[sign.host, "gives no sign of life: killed, stopped or cut off"].append(rank)
@@ -203,7 +236,9 @@ def _describe(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> st
         for host, number in killed.items()
         if nodes & {host, ""}
     ]
-    return "; ".join(parts) or "all ranks wait for each other: the network between them may be the reason"
+    return "; ".join(parts) or (
+        "all ranks wait for each other: the network between them may be the reason, or an error that Horovod printed"
+    )
 
 
 def _name(ranks: Sequence[int], host: str, signs: Sequence[Sign | None]) -> str:

@@ -27,6 +27,10 @@ from ssd_fast.model.ssd import SSD, Predictions
 if TYPE_CHECKING:
     import openvino
 
+# With this module, both packages would report their use to their maker, from forks that end in crashes where DALI is in
+# use, and leave files in the home directory.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
 LEAST_SHARE = 0.99  # of float32's mAP, which MLPerf asks of a quantized network
 _RECORD, _GRAPH, _WEIGHTS = "quantization.json", "network.xml", "network.bin"
 
@@ -232,8 +236,6 @@ def sha256_of(path: Path) -> str:
 
 
 def require(package: str, what: str) -> None:
-    """Raise BackendError if a package is missing; else make sure that it keeps its use to itself."""
+    """Raise BackendError if a package is missing."""
     if importlib.util.find_spec(package) is None:
         raise BackendError(f"{what} needs the package {package}: pip install 'ssd_fast[openvino]', or openvino nncf")
-    # With this module, both packages would report their use to their maker, and leave files in the home directory.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

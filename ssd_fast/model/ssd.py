@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,15 @@ class SSD(nn.Module):
                     nn.init.xavier_uniform_(module.weight)
                     assert module.bias is not None
                     nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules, but leave BatchNorm in that of evaluation if config.frozen_statistics."""
+        super().train(mode)
+        if self.config.frozen_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     def forward(self, images: Tensor) -> Predictions:
         """Predictions for normalised images [B, 3, S, S], where S is the config's image_size.

@@ -88,7 +88,9 @@ class MetricsWriter:
             for key, value in record.items()
         }
         with _errors_naming(self._path):
-            self._file.write(json.dumps(valid, allow_nan=False).encode() + b"\n")
+            rest = json.dumps(valid, allow_nan=False).encode() + b"\n"
+            while rest:  # a disk that is nearly full takes a part of it
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())  # before the checkpoint that a crashed run resumes from
 
     def _plot(self, curves: Mapping[str, float], step: int) -> None:

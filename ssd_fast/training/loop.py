@@ -51,6 +51,7 @@ class Loop:
         self.global_batch_size = config.training.batch_size * train_step.world.size
         self.steps_per_epoch = steps_per_epoch
         self._optimizer = config.optimizer
+        self._epochs = config.training.epochs
         self._log_every_steps = config.training.log_every_steps
         self._meter = LossMeter(train_step.world)
 
@@ -67,7 +68,10 @@ class Loop:
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
         return self._optimizer.learning_rate_at(
-            step, global_batch_size=self.global_batch_size, steps_per_epoch=self.steps_per_epoch
+            step,
+            global_batch_size=self.global_batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self._epochs,
         )
 
     def steps(self, batches: Iterable[TrainBatch], flags: Callable[[], Flags]) -> Iterator[Done]:

@@ -91,6 +91,4 @@ def _require_apex(key: str, device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(f"{key}: expected a GPU")
     if importlib.util.find_spec("amp_C") is None:  # PyPI's package of the name apex is another one
-        raise ValueError(
-            f"{key}: NVIDIA's apex is not installed (with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, from its repository)"
-        )
+        raise ValueError(f"{key}: NVIDIA's apex is not installed (./build_apex.sh)")

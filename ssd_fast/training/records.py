@@ -53,7 +53,7 @@ class Records:
             learning_rate=optimizer.effective_learning_rate(global_batch_size),
             weight_decay=optimizer.weight_decay,
             warmup_steps=optimizer.warmup_steps,
-            decay_epochs=optimizer.decay_epochs,
+            decay_epochs=optimizer.decay_epochs if optimizer.schedule == "steps" else (),
             bn_span=training.batch_size * self._config.distributed.batch_norm_group,
             crop_attempts=self._config.augmentation.crop_attempts,
         )

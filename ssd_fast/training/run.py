@@ -96,6 +96,11 @@ def train(config: Config, data_dir: Path, output: Path, *, resume: bool, reading
                 write_atomically(folder.recipe, dump_toml(config).encode())
             setup_logging(folder.log)
         with Run(config, sets, folder, saved, world) as run:
+            steps, warmup_steps = config.training.epochs * run.loop.steps_per_epoch, config.optimizer.warmup_steps
+            if warmup_steps >= steps:
+                logger.warning(
+                    "optimizer.warmup_steps = %d: expected fewer than the run's %d steps", warmup_steps, steps
+                )
             return run.train(stop)
 
 
@@ -338,7 +343,8 @@ def _load_initial_weights(model: SSD, config: Config, classes: list[str]) -> Non
 
 
 def _is_finished(config: Config, steps_per_epoch: int, step: int, scores: Scores) -> bool:
-    if _has_reached_target(config, scores):
+    patience = config.evaluation.patience
+    if _has_reached_target(config, scores) or (patience and scores.num_since_best >= patience):
         return True
     last_step = config.training.epochs * steps_per_epoch
     return step > last_step or (step == last_step and config.training.epochs in scores.by_epoch)

@@ -49,6 +49,12 @@ class Scores:
         """COCO mAP of the best evaluation; -1 before the first one."""
         return max(self._compared(), default=NO_MAP)
 
+    @property
+    def num_since_best(self) -> int:
+        """Number of evaluations after the best one."""
+        maps = self._compared()
+        return len(maps) - 1 - maps.index(max(maps)) if maps else 0
+
     def add(self, epoch: int, numbers: dict[str, float], scores: CocoScores | None) -> bool:
         """Add the evaluation after an epoch; return whether it is the best so far (the first of equals is).
 

@@ -182,10 +182,23 @@ class TestLayouts:
                 read_state_dict(path)
 
     def test_a_missing_file_and_a_folder_are_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"nothing\.pt: cannot be read: No such file"):
+        with pytest.raises(OSError, match=r"cannot be read: No such file.*nothing\.pt"):
             read_state_dict(tmp_path / "nothing.pt")
-        with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        with pytest.raises(OSError, match="cannot be read: Is a directory"):
             read_state_dict(tmp_path)
+
+    @pytest.mark.parametrize("message", ["Could not allocate bytes object!", "can't allocate memory: you tried to"])
+    def test_a_refusal_of_memory_is_no_damage(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+    ) -> None:
+        torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
+
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError(message)  # as torch does, depending on what it was about to read
+
+        monkeypatch.setattr(torch, "load", refuse)
+        with pytest.raises(MemoryError, match=rf"weights\.pt: {message}"):
+            read_state_dict(tmp_path / "weights.pt")
 
     def test_what_is_neither_tensors_nor_a_module_is_not_unpickled(self, tmp_path: Path) -> None:
         torch.save({"model": {"weight": torch.zeros(1)}, "recipe": CONFIG}, tmp_path / "run.pytorch")

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from ssd_fast.data import synthesize as module
-from ssd_fast.data.synthesize import KINDS, SyntheticImage, annotate, make_image, synthesize
+from ssd_fast.data.synthesize import KINDS, OTHER_KINDS, SyntheticImage, annotate, make_image, synthesize
 
 SMALL, LARGE = 32**2, 96**2
 
@@ -54,6 +55,16 @@ def test_set_has_coco_layout_and_loads_with_pycocotools(small_set: Path, split: 
 
 def test_category_ids_are_not_contiguous() -> None:
     assert [k.category_id for k in KINDS] != list(range(1, len(KINDS) + 1))
+
+
+def test_other_classes_differ_in_name_number_and_look(tmp_path: Path) -> None:
+    for kind, other in itertools.product(KINDS, OTHER_KINDS):
+        assert (kind.name, kind.category_id) != (other.name, other.category_id)
+        assert kind.category_id != other.category_id
+        assert (kind.outline is other.outline) + (kind.texture is other.texture) < 2
+    synthesize(tmp_path / "set", num_images=10, seed=11, kinds=OTHER_KINDS)
+    coco = COCO(tmp_path / "set" / "annotations" / "instances_train2017.json")
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == [kind.name for kind in OTHER_KINDS]
 
 
 def test_a_fifth_is_for_validation_and_ids_are_unique_over_both_splits(small_set: Path) -> None:

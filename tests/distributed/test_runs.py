@@ -1,13 +1,16 @@
 """Whole runs and evaluations by several ranks: the result of one, also when they were stopped or killed in between."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ranks import WORKER, Ended, needs_horovod, run_job
+from ranks import WORKER, Ended, horovodrun_environment, needs_horovod, rendezvous, run_job
+from repository import REPOSITORY
 from tiny import assert_same_end, tiny_config
 
 from ssd_fast.checkpoints.checkpoint import BEST, Checkpoint, CheckpointError, load_checkpoint, newest_checkpoint
@@ -57,7 +60,7 @@ def test_a_run_of_two_ranks_stopped_killed_and_resumed_ends_as_if_uninterrupted(
     lines = killed[0].error_lines()
     assert len(lines) == 1
     assert "error: rank 1 (node0, process " in lines[0]
-    assert lines[0].endswith(") gives no sign of life: killed, stopped or cut off")
+    assert ") gives no sign of life: killed, stopped or cut off" in lines[0]
     assert not (output / "interrupted").exists()
 
     resumed = run_ranks(2, synthetic_set, output, resume=True)
@@ -65,6 +68,24 @@ def test_a_run_of_two_ranks_stopped_killed_and_resumed_ends_as_if_uninterrupted(
     assert_same_end(output, finished, STEPS)
     records = [record for record in read_metrics(output / "metrics.jsonl") if record["kind"] == "eval"]
     assert records == [record for record in read_metrics(finished / "metrics.jsonl") if record["kind"] == "eval"]
+
+
+@needs_horovod
+def test_ranks_whose_clocks_are_an_hour_apart_end_as_others(
+    finished: Path, synthetic_set: Path, tmp_path: Path
+) -> None:
+    output, library = tmp_path / "run", tmp_path / "skewed_clock.so"
+    source = REPOSITORY / "tests" / "support" / "skewed_clock.cpp"
+    subprocess.run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-o", library, source], check=True)
+    command = [sys.executable, WORKER, "run", str(synthetic_set), str(output), "new", "-1", "0", ""]
+    ranks = []
+    with rendezvous() as port:
+        for rank in range(2):
+            clock = {"LD_PRELOAD": str(library), "CLOCK_SKEW": str(3600 * rank)}
+            environment = {**os.environ, **horovodrun_environment(rank, 2, port), "HOROVOD_GLOO_IFACE": "lo", **clock}
+            ranks.append(subprocess.Popen(command, env=environment))
+        assert [rank.wait(300) for rank in ranks] == [0, 0]
+    assert_same_end(output, finished, STEPS)
 
 
 @needs_horovod

@@ -25,6 +25,7 @@ from ssd_fast.exit_status import NOT_REACHED
 from ssd_fast.model.ssd import SSD, Predictions
 
 pytest.importorskip("openvino")
+assert sys.modules["openvino_telemetry"] is None, "OpenVINO was imported before it was told to keep its use to itself"
 pytest.importorskip("nncf")
 
 CPU = torch.device("cpu")

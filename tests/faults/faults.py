@@ -17,7 +17,6 @@ Pattern = re.Pattern[str] | None
 
 _LOST = r"rank[s ][\d, ]*\b{rank}\b.*(gives no sign of life|not started|ended with)"
 _CUT = r"(gives no sign of life|not started|does not answer|the network between them)"
-_SOME_S = 3.0  # of a disturbance that passes: less than the timeout
 
 
 class Fault(NamedTuple):
@@ -93,7 +92,7 @@ def _for_some_time(weather: Weather) -> Callable[[SoakedJob], Iterator[Pattern]]
     def cause(job: SoakedJob) -> Iterator[Pattern]:
         node, _ = job.random_node()
         job.network.set(node, weather)
-        job.wait(_SOME_S)
+        job.wait(job.timeout_s / 3)
         job.network.set(node, Weather())
         yield None
 
@@ -102,7 +101,7 @@ def _for_some_time(weather: Weather) -> Callable[[SoakedJob], Iterator[Pattern]]
 
 def _slow(job: SoakedJob) -> Iterator[Pattern]:
     rank = job.random_rank()
-    until = time.monotonic() + _SOME_S
+    until = time.monotonic() + job.timeout_s / 3
     while time.monotonic() < until and not job.is_over():
         for number, seconds in ((signal.SIGSTOP, 0.1), (signal.SIGCONT, 0.05)):
             job.signal(rank, number)
@@ -132,6 +131,8 @@ def _dead_disk(job: SoakedJob) -> Iterator[Pattern]:
 
 
 def _replaced(job: SoakedJob) -> Iterator[Pattern]:
+    while job.phase() == "start" and job.wait(0.01):  # it does not use the folder yet
+        pass
     if not job.output.exists():
         yield None
         return
@@ -174,7 +175,8 @@ def _memory(job: SoakedJob) -> Iterator[Pattern]:
     rank = job.random_rank()
     with suppress(OSError):
         job.limit_addresses(rank)
-    yield re.compile(_LOST.format(rank=rank))
+    in_horovod = rf"\[{rank}\]: Horovod background loop uncaught exception: .*allocate memory"
+    yield re.compile(_LOST.format(rank=rank) + f"|{in_horovod}")
 
 
 def _memory_kill(job: SoakedJob) -> Iterator[Pattern]:
@@ -189,6 +191,18 @@ def _slow_disk(job: SoakedJob) -> Iterator[Pattern]:
     with suppress(OSError):
         job.disk.slow(job.ranks[0], 20_000_000)
     yield None
+
+
+def _crawling_disk(job: SoakedJob) -> Iterator[Pattern]:
+    rank = job.ranks[0]
+    with suppress(OSError):
+        job.disk.slow(rank, 1_000_000)
+    job.dismiss(0)
+    yield re.compile(r"rank 0 \(.* lives, but still writes .*step_\d+\.pt")
+    job.signal(0, signal.SIGKILL)
+    with suppress(OSError):
+        job.disk.slow(rank, 0)
+    rank.process.join()
 
 
 def _image(job: SoakedJob) -> Iterator[Pattern]:
@@ -228,9 +242,9 @@ FAULTS = (
     _fault("all ranks are asked to stop", _terminate_all),
     _fault("one rank is asked to stop", _terminate_one),
     _fault("a link is cut", _cut),
-    _fault("a link is cut for 3 s", _for_some_time(Weather(is_cut=True)), ends=False),
-    _fault("200 ms of delay for 3 s", _for_some_time(Weather(delay_s=0.1)), ends=False),
-    _fault("5% of packets lost for 3 s", _for_some_time(Weather(loss=0.05)), ends=False),
+    _fault("a link is cut for T / 3", _for_some_time(Weather(is_cut=True)), ends=False),
+    _fault("200 ms of delay for T / 3", _for_some_time(Weather(delay_s=0.1)), ends=False),
+    _fault("5% of packets lost for T / 3", _for_some_time(Weather(loss=0.05)), ends=False),
     _fault("a rank at a third of its speed", _slow, ends=False),
     _fault("the disk is full", _full),
     _fault("the disk goes read-only", _read_only),
@@ -241,6 +255,7 @@ FAULTS = (
     _fault("a rank gets no more memory", _memory, ends=None),
     _fault("the kernel kills a rank for memory", _memory_kill, needs_cgroups=True),
     _fault("the disk writes 20 MB/s", _slow_disk, ends=False, needs_cgroups=True),
+    _fault("the disk writes 1 MB/s", _crawling_disk, needs_cgroups=True),
     _fault("an image becomes unreadable", _image, ends=None),
     _fault("file caches are emptied", _empty_caches, ends=False),
 )
@@ -269,11 +284,11 @@ def disturb(job: SoakedJob, fault: Fault) -> Event | None:
     seconds = (job.last_end or time.monotonic()) - start
     ended = job.is_over() and (job.was_stopped() or any(job.statuses()))
     text = job.errors()
-    if fault.ends and ends and 0 in job.statuses() and not job.was_stopped():
+    if fault.ends is not False and ends and 0 in job.statuses() and not job.was_stopped():
         return None
     wrong = ""
     if not ends:
-        wrong = f"not ended within {job.limit_s:g} s"
+        wrong = f"not ended within {job.limit_s:g} s: {job.abort()}"
         job.kill()
     elif fault.ends and not ended:
         wrong = "the run went on"

@@ -8,6 +8,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -17,10 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from faults import FAULTS, Event, disturb
-from soaked_job import PHASES, Site, SoakedJob, make_site
+from faults import FAULTS, Event, Fault, disturb
+from phases import PHASES
+from soaked_job import Site, SoakedJob, make_site
 from tiny import assert_same_end
 
+from ssd_fast.checkpoints.checkpoint import CheckpointError
 from ssd_fast.tables import Row, Table, format_table
 
 RESULTS = Path("output/soak/faults.jsonl")
@@ -29,10 +32,12 @@ RESULTS = Path("output/soak/faults.jsonl")
 class Soak:
     """A run that is disturbed again and again."""
 
-    def __init__(self, site: Site, seed: int) -> None:
+    def __init__(self, site: Site, seed: int, faults: Sequence[Fault], kept_in: Path) -> None:
+        """kept_in: folder for runs whose end differs."""
+        self.kept_in = kept_in.resolve()
         self.random = random.Random(seed)
         self.site = site
-        self.faults = [fault for fault in FAULTS if fault.is_possible()]
+        self.faults = faults
         self.undisturbed = site.disk.folder / "undisturbed"
         with SoakedJob(site, site.disk.folder / "warm-up", self.random) as job:
             job.wait(600)  # the server of forks imports what ranks need
@@ -63,10 +68,10 @@ class Soak:
             break
         try:
             assert_same_end(output, self.undisturbed, self.last_step)
-        except AssertionError as error:
-            wrong = f"the end differs: {str(error)[:300]}"
+        except (AssertionError, CheckpointError) as error:
+            wrong = f"the end differs: {str(error)[:300] or 'other losses or scores'}"
             events.append(Event("all faults of a run", "end", True, 0.0, "", wrong))
-            kept = Path(tempfile.mkdtemp(prefix="differs_", dir=RESULTS.parent))
+            kept = Path(tempfile.mkdtemp(prefix="differs_", dir=self.kept_in))
             for run in (output, self.undisturbed):
                 shutil.copytree(run, kept / run.name)
             print(f"{events[-1].wrong}: see {kept}", flush=True)
@@ -102,13 +107,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--results", type=Path, default=RESULTS, help="file that faults are added to")
+    parser.add_argument("--fault", action="append", help="cause only faults with this in their name; repeatable")
     options = parser.parse_args()
+    chosen = [fault for fault in FAULTS if any(part in fault.name for part in options.fault or [""])]
+    faults = [fault for fault in chosen if fault.is_possible()]
+    if not faults:
+        parser.error(f"no such fault is possible here: expected part of one of {[fault.name for fault in FAULTS]}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through all contexts, which undo what they made
     until = time.monotonic() + 60 * options.minutes
     options.results.parent.mkdir(parents=True, exist_ok=True)
     print(f"seed {options.seed}", flush=True)
     wrong = runs = 0
     with tempfile.TemporaryDirectory() as folder, make_site(Path(folder)) as site:
-        soak = Soak(site, options.seed)
+        soak = Soak(site, options.seed, faults, options.results.parent)
         while time.monotonic() < until:
             events = soak.run_once(site.disk.folder / f"run{runs}", until)
             runs += 1

@@ -1,7 +1,6 @@
 """A small training job on two pretended nodes, and the disk that it writes to: what faults are caused to."""
 
 import fcntl
-import json
 import os
 import random
 import resource
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from network import Network, Node
+from phases import PHASES, log_size, phase_of
 from ranks import SERVER, Rank, node_environment
 from repository import REPOSITORY
 from tiny import TINY
@@ -28,7 +28,6 @@ PER_NODE = 2
 CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
 _GROUP = f"ssd_fast_{os.getpid()}"
 _SHUTDOWN, _WITHOUT_LOG = 0x8004587D, 2  # FS_IOC_SHUTDOWN of ext4
-PHASES = ("start", "training", "evaluation", "saving")
 _RECIPE = (
     *TINY,
     "training.epochs=5",
@@ -61,7 +60,7 @@ class Disk:
         _run("losetup", "--detach", self._device)
 
     def slow(self, rank: Rank, bytes_per_s: int) -> None:
-        """Let a rank write no faster than that from now on."""
+        """Let a rank write no faster than that from now on; 0: as fast as it can."""
         group = _group("blkio")
         device = Path(self._device).stat().st_rdev
         limit = f"{os.major(device)}:{os.minor(device)} {bytes_per_s}"
@@ -120,6 +119,7 @@ class SoakedJob:
         """output: on the site's disk. timeout_s: of the recipe."""
         self.network, self.disk, self.data = site
         self.output = output
+        self.timeout_s = timeout_s
         self.limit_s = 3.0 * timeout_s + 15  # from a fault to the end of all ranks; they share two cores
         self._recipe = (*_RECIPE, f"distributed.timeout_s={timeout_s}")
         self.random = chance
@@ -136,7 +136,7 @@ class SoakedJob:
         for rank in range(PER_NODE * len(self.network.nodes)):
             environment = os.environ | node_environment(rank, PER_NODE, self.network.nodes, port)
             self.ranks.append(self._start(str(rank), self.arguments(), environment))
-        self._log_from = self._log_size()
+        self._log_from = log_size(self.output)
         return self
 
     def __exit__(
@@ -200,6 +200,14 @@ class SoakedJob:
         """Return what the ranks have printed to stderr."""
         return "\n".join(rank.errors() for rank in self.ranks)
 
+    def abort(self) -> str:
+        """Abort the ranks that still run, and return where each of their threads was."""
+        remaining = [rank for rank in range(len(self.ranks)) if self.ranks[rank].process.exitcode is None]
+        for rank in remaining:
+            self.signal(rank, signal.SIGABRT)
+        self.wait(5.0)
+        return "\n".join(f"rank {rank}: {self.ranks[rank].errors()}" for rank in remaining)
+
     def kill(self) -> None:
         for rank in self.ranks:
             rank.process.kill()
@@ -232,20 +240,8 @@ class SoakedJob:
         resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
 
     def phase(self) -> str:
-        """What the run is doing, as far as its files tell."""
-        folder = self.output / "checkpoints"
-        if folder.is_dir() and any(path.name.endswith(".unfinished") for path in folder.iterdir()):
-            return "saving"
-        logs = sorted(self.output.glob("mlperf*.log"), key=lambda path: path.stat().st_mtime_ns)
-        if self._log_size() == self._log_from or not logs:
-            return "start"
-        events = [
-            json.loads(line.partition(" ")[2])["key"] for line in logs[-1].read_text().splitlines() if "{" in line
-        ]
-        if "run_start" not in events:
-            return "start"
-        last = next((key for key in reversed(events) if key in ("eval_start", "epoch_start", "eval_stop")), "")
-        return "evaluation" if last == "eval_start" else "training"
+        """What the run is doing."""
+        return phase_of(self.output, self._log_from)
 
     def newest_step(self) -> int:
         """Steps of the newest readable checkpoint."""
@@ -255,10 +251,6 @@ class SoakedJob:
     def was_stopped(self) -> bool:
         """Whether the run has saved because it was asked to stop."""
         return (self.output / "interrupted").exists()
-
-    def _log_size(self) -> int:
-        log = self.output / "train.log"
-        return log.stat().st_size if log.exists() else 0
 
 
 def _group(controller: str) -> Path:

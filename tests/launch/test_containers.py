@@ -1,10 +1,12 @@
 """Shell scripts and container definitions, as far as they can be checked where no image can be built."""
 
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,7 @@ def test_every_script_says_how_it_is_used(script: str) -> None:
         assert re.match(rf"usage: .*{re.escape(script)}", done.stdout)
 
 
-@pytest.mark.parametrize("script", ["build_container.sh", "build_horovod.sh", "install_image.sh"])
+@pytest.mark.parametrize("script", ["build_apex.sh", "build_container.sh", "build_horovod.sh", "install_image.sh"])
 def test_an_unknown_option_is_refused_with_the_usage(script: str) -> None:
     done = run(f"./{script}", "--fast")
     assert done.returncode == 2
@@ -101,7 +103,7 @@ def test_the_definition_takes_along_all_that_is_built_and_used(tmp_path: Path) -
     taken = {Path(source).parts[0] for source, _ in sources}
     packages = {"ssd_fast", "dali_pipelines", "kernels"}
     to_build = {"setup.py", "cuda_toolkit.py", "pyproject.toml", "README.md", "LICENSE", "requirements.lock"}
-    assert taken == packages | to_build | {"configs", "tools", "install_image.sh", "build_horovod.sh"}
+    assert taken == packages | to_build | {"configs", "tools", "install_image.sh", "build_horovod.sh", "build_apex.sh"}
     assert "install_image.sh training /opt/venv" in section("post")
 
 
@@ -111,6 +113,18 @@ def test_the_definition_takes_along_all_that_is_built_and_used(tmp_path: Path) -
 def test_the_decoder_of_jpeg_in_hardware_is_asked_for(text: str) -> None:
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in text
     assert "image_check.py" in text
+
+
+def test_labels_have_the_version_of_the_package() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for separator, text in ((" ", DEFINITION), ("=", (REPOSITORY / "Dockerfile").read_text())):
+        labels = dict(re.findall(rf"org\.opencontainers\.image\.(\w+){separator}(\S+)", text))
+        assert labels.keys() == {"title", "version", "revision", "licenses"}
+        assert (labels["title"], labels["version"], labels["licenses"]) == (
+            project["name"],
+            project["version"],
+            project["license"],
+        )
 
 
 @pytest.mark.parametrize(("options", "cuda"), [([], "12.6"), (["--cuda", "13.0"], "13.0"), (["--cuda=13.0"], "13.0")])
@@ -125,7 +139,9 @@ def test_the_container_is_built_for_the_cuda_that_was_asked_for(tmp_path: Path, 
     assert re.findall(r"^From: (.*)$", built, re.MULTILINE) == [
         f"nvidia/cuda:{cuda}.{'3' if cuda == '12.6' else '2'}-devel-ubuntu24.04"
     ]
-    assert re.sub("^From: .*", "", built, flags=re.MULTILINE) == re.sub("^From: .*", "", DEFINITION, flags=re.MULTILINE)
+    assert re.search(r"^    org\.opencontainers\.image\.revision [0-9a-f]{40}(-dirty)?$", built, re.MULTILINE)
+    changed = re.compile(r"^From: .*|(?<=revision ).*", re.MULTILINE)
+    assert changed.sub("", built) == changed.sub("", DEFINITION)
 
 
 def test_build_container_refuses_what_it_cannot_do(tmp_path: Path) -> None:
@@ -160,40 +176,59 @@ def test_install_image_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_build_horovod_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+def test_what_is_built_for_a_pytorch_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    done = run("./build_horovod.sh", python)
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"build_horovod.sh: {python}: expected a Python with PyTorch (make install)\n",
-    )
+    for script in ("build_apex.sh", "build_horovod.sh"):
+        done = run(f"./{script}", python)
+        assert (done.returncode, done.stderr) == (
+            1,
+            f"{script}: {python}: expected a Python with PyTorch (make install)\n",
+        )
     if torch.version.cuda is None:
         pytest.skip("this PyTorch was built without CUDA")
     toolkit = fake_toolkit(tmp_path / "cuda", "9.2")
     done = run("./build_horovod.sh", sys.executable, SSD_FAST_CUDA="1", CUDA_HOME=str(toolkit))
     assert done.returncode == 1
-    assert f"SSD_FAST_CUDA=1, but {toolkit} is CUDA 9.2, PyTorch was built with {torch.version.cuda}" in done.stderr
+    reason = f"{toolkit} is CUDA 9.2, PyTorch was built with {torch.version.cuda}"
+    assert f"build_horovod.sh: SSD_FAST_CUDA=1, but {reason}" in done.stderr
+    done = run("./build_apex.sh", sys.executable, CUDA_HOME=str(toolkit))
+    assert done.returncode == 1
+    assert f"build_apex.sh: {reason}" in done.stderr
 
 
-def test_an_image_for_inference_is_checked_for_all_that_it_is_for() -> None:
+def skip_unless_locked() -> None:
+    if (version := importlib.metadata.version("torch")) not in (REPOSITORY / "requirements.lock").read_text():
+        pytest.skip(f"PyTorch {version}: the images have another one")
+
+
+def test_an_image_for_inference_is_checked_for_all_that_it_is_for(tmp_path: Path) -> None:
     if not kernels.cuda_build().startswith("CUDA 1"):
         pytest.skip(kernels.cuda_build())
+    skip_unless_locked()
     check = (sys.executable, "tools/image_check.py")
     done = run(*check, "inference", NVIDIA_DRIVER_CAPABILITIES="compute,utility,video")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["PyTorch", "kernels:", "DALI", "LoadGen"]
+    heads = [line.split()[0] for line in done.stdout.splitlines()]
+    assert list(dict.fromkeys(heads)) == ["PyTorch", "kernels:", "DALI", "versions:", "LoadGen"]
     done = run(*check, "inference", NVIDIA_DRIVER_CAPABILITIES="compute,utility")
     assert done.returncode == 1
     assert "NVIDIA_DRIVER_CAPABILITIES = compute,utility: expected video" in done.stderr
     assert run(*check).returncode == 1
+    other = tmp_path / "pillow-1.2.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: pillow\nVersion: 1.2\n")
+    done = run(*check, "inference", NVIDIA_DRIVER_CAPABILITIES="video", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "inference-cuda13.0.txt: expected its versions, found pillow 1.2" in done.stderr
 
 
 def test_an_image_for_training_is_checked_for_horovod_and_apex() -> None:
     hvd = pytest.importorskip("horovod.torch", reason="make horovod")
     if not (hvd.nccl_built() and kernels.cuda_build().startswith("CUDA 1")):
         pytest.skip("Horovod without NCCL, or kernels without CUDA")
+    skip_unless_locked()
     capabilities = "compute,utility,video"
     done = run(sys.executable, "tools/image_check.py", "training", NVIDIA_DRIVER_CAPABILITIES=capabilities)
     assert re.search(r"^Horovod 0\.28\.1: Gloo, NCCL \d+$", done.stdout, re.MULTILINE), done.stderr

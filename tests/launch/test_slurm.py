@@ -1,28 +1,25 @@
-"""run.slurm on a real cluster: what it starts, how it resumes, and how it ends."""
+"""run.slurm on a real cluster: what it starts, how it resumes, and how it ends.
+
+SSD_FAST_IMAGE names the folder of an image to train in; default: a part of this machine stands in for one.
+"""
 
 import importlib.util
 import os
 import re
 import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 from repository import REPOSITORY
 from slurm_cluster import Ended, SlurmCluster, missing_programs
-from tiny import assert_same_end, tiny_config
+from slurm_site import RANKS, RUN_S, SCRIPT, START_S, STEPS, SlurmSite
+from tiny import assert_same_end
 
-from ssd_fast.config.recipe import dump_toml
 from ssd_fast.profiling.profile import read_profile
 from ssd_fast.training.history import read_metrics
-
-SCRIPT = REPOSITORY / "run.slurm"
-RANKS = ("-N2", "-n4")  # two nodes with two each
-STEPS = 8  # two epochs of four: 64 images, a global batch of 16
-START_S, RUN_S = 300, 900  # longest waits: other tests may keep the cores busy
 
 
 @pytest.fixture(scope="module")
@@ -35,89 +32,36 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield running
 
 
-class Site:
-    """A cluster with a recipe, data and a folder for logs on it."""
-
-    def __init__(self, cluster: SlurmCluster, recipe: Path, data: Path) -> None:
-        self.cluster = cluster
-        self.recipe = recipe
-        self.logs = cluster.folder / "logs"
-        self.logs.mkdir()
-        self.variables = {
-            "DATADIR": str(data),
-            "LOGDIR": str(self.logs),
-            "SYSTEM": str(recipe),
-            "VENV": str(Path(sys.executable).parent.parent),
-            "IFACE": "lo",
-        }
-
-    def submit(self, *options: str, ranks: Sequence[str] = RANKS, **variables: str) -> str:
-        """Submit a job that trains or profiles, and return its number."""
-        return self.cluster.submit(ranks, SCRIPT, options, environment=self.variables | variables)
-
-    def run_of(self, job: str) -> Path:
-        return self.logs / f"{self.recipe.stem}_{job}"
-
-    def log_of(self, job: str) -> str:
-        log = self.run_of(job) / "job.log"
-        return log.read_text() if log.exists() else self.cluster.output(job)
-
-    @contextmanager
-    def stopped_within_training(self, job: str, rank: int) -> Iterator[int]:
-        """Stop one rank within this context, so that the others wait for it after some step; yields its process."""
-
-        def trains() -> bool:
-            return re.search(r" step 2/\d loss ", self.log_of(job)) is not None
-
-        self.cluster.wait(lambda: trains() or self.cluster.field(job, "JobState") == "FAILED", START_S, job)
-        assert trains(), self.log_of(job)
-        process = process_of_rank(job, rank)
-        os.kill(process, signal.SIGSTOP)
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGCONT)
-
-
-def process_of_rank(job: str, rank: int) -> int:
-    """Return the process of a job's task."""
-    variables = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # another user's, or ended
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            if arguments[2:4] == [b"ssd_fast", b"train"] and (
-                variables <= set((folder / "environ").read_bytes().split(b"\0"))
-            ):
-                return int(folder.name)
-    raise AssertionError(f"no process of rank {rank}")
-
-
 @pytest.fixture(scope="module")
-def site(cluster: SlurmCluster, synthetic_set: Path) -> Site:
+def site(cluster: SlurmCluster, synthetic_set: Path) -> SlurmSite:
     """A place from which jobs of a tiny recipe can be submitted."""
     if importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed: make horovod")
-    changes = (
-        "training.batch_size=4",
-        "training.log_every_steps=1",
-        "data.num_threads=1",
-        "distributed.timeout_s=60",
-    )
-    recipe = cluster.folder / "tiny.toml"
-    recipe.write_text(dump_toml(tiny_config(changes)))
-    return Site(cluster, recipe, synthetic_set)
+    return SlurmSite(cluster, synthetic_set)
 
 
 @pytest.fixture(scope="module")
-def uncut_job(site: Site) -> str:
-    """Number of a job that trained from its first step to its last."""
-    job = site.submit()
+def in_image(site: SlurmSite, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of a job in a container that sees of this test's folders only what it is told to bind; else none."""
+    programs = site.cluster.folder / "programs"
+    programs.mkdir()
+    (programs / "apptainer").symlink_to(REPOSITORY / "tests" / "support" / "apptainer.sh")
+    image = os.environ.get("SSD_FAST_IMAGE", "/")
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        return {}
+    path = f"{programs}:{Path(site.variables['VENV']) / 'bin'}:{site.cluster.environment['PATH']}"
+    return {"CONT": image, "PATH": path, "HIDDEN": str(tmp_path_factory.getbasetemp()) if image == "/" else ""}
+
+
+@pytest.fixture(scope="module")
+def uncut_job(site: SlurmSite, in_image: dict[str, str]) -> str:
+    """Number of a job that trained from its first step to its last, in a container where one can be pretended."""
+    job = site.submit(**in_image)
     assert site.cluster.wait_for_end(job, RUN_S) == Ended("COMPLETED", 0, 0), site.log_of(job)
     return job
 
 
-def test_four_ranks_on_two_nodes_train_evaluate_and_agree(site: Site, uncut_job: str) -> None:
+def test_four_ranks_on_two_nodes_train_evaluate_and_agree(site: SlurmSite, uncut_job: str) -> None:
     log = site.log_of(uncut_job)
     agreed = re.findall(r"step (\d+): weights of all 4 ranks: \w{16}", log)  # of others the job fails
     assert agreed == [str(STEPS // 2), str(STEPS)]
@@ -130,9 +74,9 @@ def test_four_ranks_on_two_nodes_train_evaluate_and_agree(site: Site, uncut_job:
     assert "interrupted" not in names
 
 
-def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: Site, uncut_job: str) -> None:
+def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: SlurmSite, uncut_job: str) -> None:
     job = site.submit()
-    with site.stopped_within_training(job, 1):
+    with site.stopped_within("training", job, 1):
         site.cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does two minutes before the limit
         site.cluster.wait(lambda: "asked to stop: the training saves within 90 s" in site.log_of(job), START_S, job)
     site.cluster.start_requeued(job, START_S)
@@ -142,7 +86,25 @@ def test_a_run_cut_by_the_time_limit_is_requeued_and_ends_as_if_uncut(site: Site
     assert_same_end(site.run_of(job), site.run_of(uncut_job), STEPS)
 
 
-def test_a_profile_is_of_all_ranks(site: Site) -> None:
+def test_what_a_container_does_not_see_is_named_before_the_training(
+    site: SlurmSite, in_image: dict[str, str], synthetic_set: Path, tmp_path: Path
+) -> None:
+    if not in_image:
+        pytest.skip("no mounts of one's own here, in which a container could be pretended")
+    linked = site.cluster.folder / "linked"
+    (linked / "train2017").mkdir(parents=True)
+    image = next((synthetic_set / "train2017").iterdir())
+    (linked / "train2017" / image.name).symlink_to(image)
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    override = f"model.backbone_weights={weights}"
+    job = site.submit("--set", override, DATADIR=str(linked), **in_image)
+    assert site.cluster.wait_for_end(job, RUN_S) == Ended("FAILED", 2, 0), site.log_of(job)
+    unseen = f"{linked}/train2017/{image.name}, {weights}: expected the folders of these in APPTAINER_BIND"
+    assert f"CONT={in_image['CONT']} does not see {unseen}" in site.cluster.output(job)
+
+
+def test_a_profile_is_of_all_ranks(site: SlurmSite) -> None:
     job = site.submit("--stage", "both", "--seconds", "0.1", ranks=("-N2", "-n2"), PROFILE="1")
     assert site.cluster.wait_for_end(job, RUN_S) == Ended("COMPLETED", 0, 0), site.log_of(job)
     report = read_profile(site.run_of(job) / "profile")
@@ -152,9 +114,9 @@ def test_a_profile_is_of_all_ranks(site: Site) -> None:
     assert "Bound by " in site.log_of(job)
 
 
-def test_a_killed_rank_ends_the_job_with_its_name(site: Site) -> None:
+def test_a_killed_rank_ends_the_job_with_its_name(site: SlurmSite) -> None:
     job = site.submit(ranks=("-N2", "-n2"))
-    with site.stopped_within_training(job, 1) as process:
+    with site.stopped_within("training", job, 1) as process:
         os.kill(process, signal.SIGKILL)
     ended = site.cluster.wait_for_end(job, START_S)
     assert (ended.state, ended.restarts) == ("FAILED", 0)

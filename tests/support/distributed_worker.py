@@ -107,7 +107,7 @@ def find_slow(world: World) -> list[str | None]:
     """What is said of ranks that have waited for other shares of the time."""
     found = []
     for waited_s in ((0.9, 0.1), (0.9, 0.1), (0.9, 0.8), (0.1, 0.7)):
-        world._watch._waited_s = waited_s[world.rank]  # type: ignore[attr-defined]
+        world._waited_s = waited_s[world.rank]  # type: ignore[attr-defined]
         found.append(world.find_slow(1.0))
     return found
 

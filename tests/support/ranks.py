@@ -4,6 +4,7 @@ They are forks of a server that has imported what a rank needs: importing takes 
 """
 
 import atexit
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -88,6 +89,7 @@ def _run(arguments: list[str], environment: dict[str, str], streams: tuple[Path,
     os.environ.update(environment)
     for descriptor, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    faulthandler.enable()
     if namespace := os.environ.pop(_NAMESPACE, None):
         network.enter(namespace)
     kind, *rest = arguments
@@ -146,12 +148,21 @@ def horovodrun_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def rendezvous() -> Iterator[int]:
-    """Serve Horovod's own rendezvous within this context; yields its port."""
-    from horovod.runner.http.http_server import RendezvousServer
+def rendezvous(on_write: Callable[[str, str, Mapping[str, Mapping[str, bytes]]], None] | None = None) -> Iterator[int]:
+    """Serve Horovod's own rendezvous within this context; yields its port.
+
+    on_write: called with scope, key and all values by scope and key, when a value has been written.
+    """
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousServer
+
+    class Handler(RendezvousHandler):
+        def _put_value(self, scope: str, key: str, value: bytes) -> None:
+            super()._put_value(scope, key, value)
+            if on_write:
+                on_write(scope, key, self.server.cache)
 
     server = RendezvousServer()
-    port = server.start()
+    port = server.start(Handler)
     server.init([])
     try:
         yield port

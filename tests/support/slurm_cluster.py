@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -17,7 +17,7 @@ _ENVIRONMENT = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 _START_S = 60.0
 
 # The node daemons share the host's address and have a port each. Nothing here needs cgroups or systemd. Each node
-# claims two cores, whatever the machine has. Links to /dev/null pass for the GPUs of one node: Slurm wants a device.
+# claims its cores, whatever the machine has. Links to /dev/null pass for the GPUs of one node: Slurm wants a device.
 _SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -48,14 +48,11 @@ MessageTimeout=60
 KillWait=20
 ReturnToService=2
 GresTypes=gpu
-NodeName=DEFAULT Sockets=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=1000
-NodeName=cpu0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
-NodeName=cpu1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-NodeName=gpu0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} Gres=gpu:2
-PartitionName=main Nodes=cpu[0-1] Default=YES
+NodeName=DEFAULT Sockets=1 CoresPerSocket={cores} ThreadsPerCore=1 RealMemory=1000
+{nodes}
+PartitionName=main Nodes=cpu[0-{last}] Default=YES
 PartitionName=gpu Nodes=gpu0
 """
-_NODES = ("cpu0", "cpu1", "gpu0")
 
 
 class Ended(NamedTuple):
@@ -67,18 +64,30 @@ class Ended(NamedTuple):
 
 
 class SlurmCluster:
-    """A cluster while its context lasts: partition `main` with two nodes, `gpu` with one; two cores a node."""
+    """A cluster while its context lasts: partition `main` with nodes cpu0, cpu1, …, and `gpu` with gpu0."""
 
-    def __init__(self, folder: Path) -> None:
-        """folder: an empty one for all that the daemons write; its path must fit into the name of a socket."""
+    def __init__(self, folder: Path, *, num_nodes: int = 2, cores: int = 2) -> None:
+        """folder: an empty one for all that the daemons write; its path must fit into the name of a socket.
+
+        num_nodes: of the partition `main`. cores: of a node.
+        """
         self.folder = folder
+        self.nodes = [*(f"cpu{number}" for number in range(num_nodes)), "gpu0"]
+        self._cores = cores
         self.environment = {**_ENVIRONMENT, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons = ExitStack()
+        self._node_daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         host = socket.gethostname().partition(".")[0]
-        values = {"folder": self.folder, "host": host, "user": getpass.getuser(), "ports": _free_ports(1 + len(_NODES))}
-        for name in ("state", "dev", *_NODES):
+        ports = _free_ports(1 + len(self.nodes))
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}" + " Gres=gpu:2" * (node == "gpu0")
+            for node, port in zip(self.nodes, ports[1:], strict=True)
+        )
+        values = {"folder": self.folder, "host": host, "user": getpass.getuser(), "ports": ports}
+        values |= {"nodes": nodes, "cores": self._cores, "last": len(self.nodes) - 2}
+        for name in ("state", "dev", *self.nodes):
             (self.folder / name).mkdir()
         for number in range(2):
             (self.folder / "dev" / f"gpu{number}").symlink_to("/dev/null")
@@ -94,12 +103,9 @@ class SlurmCluster:
             options = [f"--{option}={self.folder}/{path}" for option, path in zip(files, paths, strict=True)]
             self._start(daemons, "munged", "--foreground", "--force", *options)
             self._wait_for("munged", (self.folder / "munge.socket").exists)
-            # an absolute path: the daemons of job steps read the file from other folders
-            conf = ("-D", "-f", str(self.folder / "slurm.conf"))
-            self._start(daemons, "slurmctld", *conf)
-            self._wait_for("slurmctld", lambda: "UP" in self.run("scontrol", "ping"))
-            for node in _NODES:
-                self._start(daemons, "slurmd", *conf, "-N", node)
+            self._start_controller(daemons)
+            for node in self.nodes:
+                self._node_daemons[node] = self._start(daemons, "slurmd", *self._conf, "-N", node)
             self._wait_for("slurmd", lambda: set(self.run("sinfo", "-hN", "-o%t").split()) == {"idle"})
             self._daemons = daemons.pop_all()
         return self
@@ -166,15 +172,51 @@ class SlurmCluster:
             self.run("scancel", job)  # other tests need its nodes
             raise
 
+    def restart_controller(self, seconds: float) -> None:
+        """Kill the controller, and start it again after so many seconds."""
+        self._controller.kill()
+        self._controller.wait()
+        time.sleep(seconds)
+        self._start_controller(self._daemons)
+
+    def kill_node(self, job: str, node: str) -> None:
+        """Kill all processes of a node that runs a job, and tell the controller that the node is down.
+
+        By itself it would notice after five minutes.
+        """
+        variables = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
+        killed = {self._node_daemons[node].pid}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # another user's, or ended
+                if variables <= set((folder / "environ").read_bytes().split(b"\0")):
+                    killed.add(int(folder.name))
+                    parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                    if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
+                        killed.add(int(parent))
+        for process in killed:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
+
+    def _start_controller(self, daemons: ExitStack) -> None:
+        self._controller = self._start(daemons, "slurmctld", *self._conf)
+        self._wait_for("slurmctld", lambda: "UP" in self.run("scontrol", "ping"))
+
+    @property
+    def _conf(self) -> Sequence[str]:
+        # an absolute path: the daemons of job steps read the file from other folders
+        return ("-D", "-f", str(self.folder / "slurm.conf"))
+
     def _wait_for(self, daemon: str, ready: Callable[[], bool]) -> None:
         _wait(ready, _START_S, (self.folder / f"{daemon}.out").read_text)
 
-    def _start(self, daemons: ExitStack, program: str, *options: str) -> None:
+    def _start(self, daemons: ExitStack, program: str, *options: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{program}.out").open("ab") as output:
             process = subprocess.Popen(
                 (program, *options), env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         daemons.callback(_stop, process)
+        return process
 
 
 def _wait(condition: Callable[[], object], seconds: float, state: Callable[[], str]) -> None:

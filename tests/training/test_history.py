@@ -186,7 +186,7 @@ def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a file may not grow past 100 bytes
     try:
         with pytest.raises(OSError, match=r"metrics\.jsonl"):
-            train(writer, 1, 2)
+            train(writer, 1)  # a part of whose line is written
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         writer.close()

@@ -199,6 +199,24 @@ def test_reaching_the_target_ends_the_run_and_the_mlperf_log_says_so(synthetic_s
     assert '"status": "success"' in (tmp_path / "run" / "mlperf.log").read_text()
 
 
+def test_evaluations_without_a_better_map_end_the_run(synthetic_set: Path, tmp_path: Path) -> None:
+    patient = ("evaluation.epochs=[1,2,3,4]", "evaluation.patience=2", "detection.score_threshold=1")  # detects nothing
+    config = tiny_config((*patient, "training.epochs=9"))
+    outcome = train(config, synthetic_set, tmp_path / "run", resume=False)
+    assert (outcome.stopped_by, outcome.reached_target) == (0, False)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["epoch"] for record in records if record["kind"] == "eval"] == [1, 2, 3]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / BEST).step == 8
+    assert train(config, synthetic_set, tmp_path / "run", resume=True) == outcome  # it is finished
+
+
+def test_a_warm_up_as_long_as_the_run_is_warned_of(
+    synthetic_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tiny_config(("training.epochs=1", "optimizer.warmup_steps=8")), synthetic_set, tmp_path / "run", resume=False)
+    assert "optimizer.warmup_steps = 8: expected fewer than the run's 8 steps" in caplog.text
+
+
 def test_a_scoring_process_that_dies_ends_the_run(
     synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,5 +308,5 @@ def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path: Path, conte
     torch.save({"model": {}}, path)
     with pytest.raises(CheckpointError, match=r"file\.pt: not a checkpoint of this program"):
         load_checkpoint(path)
-    with pytest.raises(CheckpointError, match=r"nowhere\.pt: cannot be read: No such file"):
+    with pytest.raises(OSError, match=r"cannot be read: No such file.*nowhere\.pt"):
         load_checkpoint(tmp_path / "nowhere.pt")

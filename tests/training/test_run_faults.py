@@ -129,6 +129,46 @@ def test_a_run_resumes_before_a_damaged_checkpoint_and_keeps_the_good_one(
     assert load_checkpoint(output / "checkpoints" / f"step_{STEPS:09d}.pt").step == STEPS
 
 
+def test_a_checkpoint_for_which_there_is_no_memory_is_not_damaged(finished: Path) -> None:
+    checkpoints = sorted((finished / "checkpoints").glob("step_*.pt"))
+    limit = f"""
+import os, resource
+from pathlib import Path
+from ssd_fast.checkpoints.checkpoint import newest_checkpoint
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+for more in range(0, 2**24, 2**18):  # bytes: refused in another place each time
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, resource.RLIM_INFINITY))
+    try:
+        newest, error = newest_checkpoint(Path({str(finished / "checkpoints")!r})), ""
+    except MemoryError as refused:
+        newest, error = None, str(refused)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(newest.step if newest else {checkpoints[-1].name!r} in error, flush=True)
+    os._exit(0)
+"""
+    ended = subprocess.run([sys.executable, "-c", limit], capture_output=True, text=True, check=False)
+    assert ended.stderr == ""
+    assert ended.stdout.startswith("True\n")
+    assert set(ended.stdout.split()) <= {"True", str(STEPS)}
+    assert sorted((finished / "checkpoints").glob("step_*.pt")) == checkpoints
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    finished: Path, synthetic_set: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    away = output / "checkpoints" / "step_000000099.pt"
+    away.symlink_to(away.name)  # an error of the file system, as of a server that is away
+    with pytest.raises(OSError, match=r"cannot be read: Too many levels of symbolic links.*step_000000099\.pt"):
+        train(tiny_config(), synthetic_set, output, resume=True)
+    assert away.is_symlink()
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
     finished: Path, synthetic_set: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ def add(scores: Scores, epoch: int, map_: float) -> bool:
 
 def test_the_first_of_the_highest_is_the_best() -> None:
     scores = Scores()
-    assert scores.best_map == NO_MAP
+    assert (scores.best_map, scores.num_since_best) == (NO_MAP, 0)
     assert [add(scores, epoch, map_) for epoch, map_ in enumerate((-1.0, 0.2, 0.1, 0.2, 0.3), 1)] == [
         True,
         True,
@@ -30,7 +30,9 @@ def test_the_first_of_the_highest_is_the_best() -> None:
         False,
         True,
     ]
-    assert scores.best_map == 0.3
+    assert (scores.best_map, scores.num_since_best) == (0.3, 0)
+    assert [add(scores, 6, 0.3), add(scores, 7, 0.1)] == [False, False]
+    assert scores.num_since_best == 2
     assert scores.curves is not None
     assert scores.curves.epoch == 5
 

@@ -8,6 +8,7 @@ from tiny import tiny_config
 
 from dali_pipelines.batch import TrainBatch
 from ssd_fast.distributed.world import World
+from ssd_fast.evaluation.detector import TorchNetwork
 from ssd_fast.model.loss import Loss
 from ssd_fast.model.ssd import SSD
 from ssd_fast.training.step import LossMeter, TrainStep
@@ -109,6 +110,21 @@ def test_bfloat16_autocast_trains_with_float32_weights() -> None:
 
 def loss_of(value: float) -> Loss:
     return Loss(total=torch.tensor(value), box=torch.tensor(value / 4), class_=torch.tensor(value * 3 / 4))
+
+
+def test_frozen_statistics_are_those_of_the_initial_weights_also_after_an_evaluation() -> None:
+    trainer = make_trainer(("model.frozen_statistics=true",))
+    batch = make_batch(trainer)
+    before = trainer.running_statistics.clone()
+    expected = trainer.model.eval()(batch.images).logits
+    trainer.model.train()
+    assert trainer.model(batch.images).logits.equal(expected)
+    weights = trainer.weights_digest()
+    trainer(batch, 0.02)
+    TorchNetwork(trainer.model, torch.float32)(batch.images)
+    trainer(batch, 0.02)
+    assert trainer.running_statistics.equal(before)
+    assert trainer.weights_digest() != weights
 
 
 def test_meter_averages_finite_losses_and_counts_the_others() -> None:
