@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as `ssd-fast` does; for all sides
+from ssd_fast.openmp import wait_briefly
+
+wait_briefly()  # before torch is imported, as `ssd-fast` does; for all sides
 
 import numpy as np
 import onnxruntime

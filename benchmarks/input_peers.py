@@ -10,12 +10,13 @@ one is timed, the others and their workers are idle.
 """
 
 import itertools
-import os
 import statistics
 import sys
 from typing import Annotated, Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as `ssd-fast` does; for all sides
+from ssd_fast.openmp import wait_briefly
+
+wait_briefly()  # before torch is imported, as `ssd-fast` does; for all sides
 
 import albumentations
 import cv2

@@ -9,7 +9,6 @@ makes in the time that ours takes. Everything is scored by `ssd-fast evaluate`. 
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as `ssd-fast` does; for both sides
+from ssd_fast.openmp import wait_briefly
+
+wait_briefly()  # before torch is imported, as `ssd-fast` does; for both sides
 
 import torch
 import torchvision

@@ -19,7 +19,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as `ssd-fast` does; for both sides
+from ssd_fast.openmp import wait_briefly
+
+wait_briefly()  # before torch is imported, as `ssd-fast` does; for both sides
 
 import numpy as np
 import torch

@@ -1,7 +1,6 @@
 """The command line: `ssd-fast VERB`, also `python -m ssd_fast VERB`."""
 
 import enum
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 from ssd_fast import exit_status, inference_verbs
 from ssd_fast.config.recipe import load_config, recipe_folder
 from ssd_fast.files import check_folder
+from ssd_fast.openmp import wait_briefly
 from ssd_fast.options import (
     DataOption,
     RecipeFolderOption,
@@ -203,9 +203,7 @@ def options(
 
 def main() -> None:
     """Run the command line. An error that the user can correct is one line on stderr and exit status 1."""
-    # Set before torch is imported. Waiting threads that spin take cores from the input pipeline: with a busy loop on
-    # each of two cores, a step of the demo's model took 0.56 s (median of 7) without this, 0.35 s with it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     try:
         app()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:

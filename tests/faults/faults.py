@@ -183,8 +183,10 @@ def _memory_kill(job: SoakedJob) -> Iterator[Pattern]:
     rank = job.random_rank()
     with suppress(OSError):  # it has ended
         job.limit_memory(rank, 2**16)
-    # Ranks of the same node tell; none may be left, as Gloo aborts a rank that receives half a message.
-    yield re.compile(_LOST.format(rank=rank) + rf".*for lack of memory|rank {rank}: not started|ranks [\d, ]+ \(node")
+    # Ranks of the same node tell; none may be left, as Gloo aborts a rank that receives half a message. A rank may take
+    # long to run out of memory, as the kernel first looks for what it can write back.
+    others = rf"rank {rank}: not started|rank {rank} \(.* lives, but |ranks [\d, ]+ \(node"
+    yield re.compile(_LOST.format(rank=rank) + f".*for lack of memory|{others}")
 
 
 def _slow_disk(job: SoakedJob) -> Iterator[Pattern]:
