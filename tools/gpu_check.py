@@ -9,6 +9,7 @@ Exit status: 0 if every check that ran holds, 1 if one does not, 2 without a GPU
 
 import argparse
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -141,6 +142,9 @@ def main() -> int:
     if given.inside:
         bench = rehearsal_bench(given.data) if given.rehearse else gpu_bench(given.data, given.batch_size)
         return run_here(sections[0], bench, given.inside, results)
+    from ssd_fast.openmp import wait_briefly
+
+    wait_briefly()  # as `ssd-fast` does; it counts in the sections' processes
     deadline = time.monotonic() + 60 * given.minutes
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -157,7 +161,7 @@ def run_section(section: Section, given: argparse.Namespace, scratch: Path, dead
     """Run a section in a process of its own, within its limit; its rows go to the file of results."""
     print(f"==== {section.name}", flush=True)
     Results(given.results).begin(section.name, {})
-    limit_s = min(section.limit_s, deadline - time.monotonic())
+    limit_s = min(math.inf if given.rehearse else section.limit_s, deadline - time.monotonic())
     verdict = "skipped: no time left (--minutes)" if limit_s <= 0 else _run(section, given, scratch, limit_s)
     if verdict:
         Results(given.results).add(Row(section.name, "", "", verdict))
@@ -167,11 +171,7 @@ def _run(section: Section, given: argparse.Namespace, scratch: Path, limit_s: fl
     """Run the process of a section; return what it failed by, if it did."""
     options = ["--section", section.name, "--inside", scratch, "--data", given.data, "--results", given.results]
     options += ["--batch-size", given.batch_size, *(["--rehearse"] if given.rehearse else [])]
-    child = subprocess.Popen(
-        [sys.executable, __file__, *map(str, options)],
-        start_new_session=True,
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # as `ssd-fast` sets it
-    )
+    child = subprocess.Popen([sys.executable, __file__, *map(str, options)], start_new_session=True)
     try:
         status = child.wait(limit_s)
     except subprocess.TimeoutExpired:

@@ -226,15 +226,15 @@ def compare_with_peer(bench: Bench, scratch: Path) -> Iterator[Row]:
 
 
 def _rate(bench: Bench, batches: Iterator["TrainBatch"], use: Callable[["TrainBatch"], object]) -> float:
-    """Images per second: the median over groups of batches, after two groups of warm-up."""
+    """Images per second: the median over groups of batches, after two groups of warm-up. A rehearsal has one group."""
     from ssd_fast.hardware import synchronize
 
     seconds = []
-    for _ in range(6):
+    for _ in range(1 if bench.rehearsal else 6):
         synchronize(bench.device)
         start = time.perf_counter()
         for batch in islice(batches, bench.steps):
             use(batch)
         synchronize(bench.device)
         seconds.append(time.perf_counter() - start)
-    return bench.steps * bench.batch_size / statistics.median(seconds[2:])
+    return bench.steps * bench.batch_size / statistics.median(seconds[2:] or seconds)

@@ -73,7 +73,7 @@ def test_no_time_left_is_said(rehearse: Rehearse, tmp_path: Path) -> None:
 )
 def test_a_section_that_ends_badly_is_a_failure(tmp_path: Path, name: str, limit_s: float, verdict: str) -> None:
     section = gpu_check.SECTIONS[0]._replace(name=name, limit_s=limit_s)
-    given = argparse.Namespace(data=tmp_path, results=tmp_path / "results.jsonl", batch_size=2, rehearse=True)
+    given = argparse.Namespace(data=tmp_path, results=tmp_path / "results.jsonl", batch_size=2, rehearse=False)
 
     gpu_check.run_section(section, given, tmp_path, time.monotonic() + 100)
 
