@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, disturb
+from phases import phase_of
 from ranks import needs_horovod
 from soaked_job import Site, SoakedJob, make_site
 from tiny import assert_same_end
@@ -65,3 +66,9 @@ def test_a_fault_has_its_message_and_the_resumed_run_ends_as_if_undisturbed(
     finish(site, output)
     assert_same_end(output, undisturbed, job.newest_step())
     shutil.rmtree(output)  # the disk is small
+
+
+def test_a_phase_is_told_while_the_run_renames_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter(([tmp_path / "mlperf.log"], []))  # gone when it is looked at
+    monkeypatch.setattr(Path, "glob", lambda *_: next(seen))
+    assert phase_of(tmp_path) == "start"

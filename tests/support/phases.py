@@ -1,6 +1,7 @@
 """What a training run is doing, as far as its files tell."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 PHASES = ("start", "training", "evaluation", "saving")
@@ -14,6 +15,12 @@ def log_size(run: Path) -> int:
 
 def phase_of(run: Path, log_from: int = 0) -> str:
     """One of PHASES. log_from: size of the log before this start of the run."""
+    while True:
+        with suppress(FileNotFoundError):  # the run has renamed a file meanwhile
+            return _phase_of(run, log_from)
+
+
+def _phase_of(run: Path, log_from: int) -> str:
     folder = run / "checkpoints"
     if folder.is_dir() and any(path.name.endswith(".unfinished") for path in folder.iterdir()):
         return "saving"
