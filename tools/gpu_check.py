@@ -39,7 +39,7 @@ PIPELINES = (*RECIPES, "nvidia.dali", "msgspec", "pycocotools", "hotcoco")
 
 
 class Section(NamedTuple):
-    """A part of the table: the time that it may take at most, and the modules that it needs."""
+    """A part of the table: the time that it may take at most on a GPU, and the modules that it needs."""
 
     name: str
     rows: Callable[[Bench, Path], Iterator[Row]]
